@@ -1,0 +1,52 @@
+"""The agent's configuration file, by default /etc/handoff/agent.toml."""
+
+import os
+from pathlib import Path
+
+from handoff_common.config import Settings
+from handoff_common.logs import LogFormat
+from pydantic import Field
+
+# What the host itself needs, when the file does not say what guests may use.
+HOST_RESERVE_BYTES = 1 << 30
+
+
+class SlotSettings(Settings):
+    """One of the host's libvirt daemons."""
+
+    uri: str = Field(description='libvirt URI, such as "qemu+unix:///system?socket=/run/libvirt/libvirt-sock"')
+
+
+class EmulatorSettings(Settings):
+    """One installed QEMU build."""
+
+    name: str = Field(description="what operators call it")
+    path: str = Field(description="the binary")
+
+
+class AgentSettings(Settings):
+    """Everything that an agent is told."""
+
+    name: str = Field(default_factory=lambda: os.uname().nodename, description="the host's name in the fleet")
+    listen: tuple[str, ...] = Field(
+        default=("0.0.0.0:7701", "unix:/run/handoff/agent.sock"),
+        min_length=1,
+        description='gRPC addresses: "host:port" or "unix:/path"',
+    )
+    migration_address: str = Field(description="address of this host that migration streams come in on")
+    migration_ports: tuple[int, int] = Field(default=(49152, 49215), description="first and last port for them")
+    state_dir: Path = Field(default=Path("/var/lib/handoff/agent"), description="the agent's own records")
+    shared_paths: tuple[str, ...] = Field(default=(), description="directories with the same content on other hosts")
+    memory_mib: int | None = Field(
+        default=None, gt=0, description="memory that guests may use; default: all but 1 GiB of the machine's"
+    )
+    slots: dict[str, SlotSettings] = Field(min_length=1, description="libvirt daemons by name: a, and b for upgrades")
+    emulators: tuple[EmulatorSettings, ...] = Field(default=(), description="QEMU builds; probed at start")
+    log_format: LogFormat = "json"
+    log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+
+    def guest_memory_bytes(self) -> int:
+        """Memory that guests may use, in bytes."""
+        if self.memory_mib is not None:
+            return self.memory_mib << 20
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - HOST_RESERVE_BYTES

@@ -1,0 +1,1 @@
+"""What every part of Handoff shares: channels, servers, errors, logs, configuration."""

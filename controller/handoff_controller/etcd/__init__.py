@@ -1,0 +1,1 @@
+"""A thin asyncio client of etcd: key-value, transactions, leases, watches and a fenced election."""

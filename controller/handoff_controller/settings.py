@@ -1,0 +1,41 @@
+"""The controller's configuration file, by default /etc/handoff/controller.toml."""
+
+import os
+
+from handoff_common.config import Settings
+from handoff_common.logs import LogFormat
+from pydantic import Field
+
+
+class EtcdSettings(Settings):
+    """Where the records are."""
+
+    endpoints: tuple[str, ...] = Field(min_length=1, description='members, each "ipv4:port"')
+    lease_ttl_s: int = Field(
+        default=6,
+        ge=6,
+        description="how long a dead leader keeps its place; below 6 s live leases are lost when a member was frozen",
+    )
+
+
+class AdmissionSettings(Settings):
+    """How much may go on at once."""
+
+    max_parallel_per_pair: int = Field(default=1, ge=1, description="migrations between the same two hosts")
+
+
+class ControllerSettings(Settings):
+    """Everything that a controller is told."""
+
+    name: str = Field(default_factory=lambda: os.uname().nodename, description="this replica's name")
+    listen: tuple[str, ...] = Field(
+        default=("0.0.0.0:7700", "unix:/run/handoff/controller.sock"),
+        min_length=1,
+        description='gRPC addresses: "host:port" or "unix:/path"',
+    )
+    advertise: str = Field(description='address on which other replicas reach this one, "host:port"')
+    etcd: EtcdSettings
+    hosts: dict[str, str] = Field(min_length=1, description='agents by host name, each "host:port" or "unix:/path"')
+    admission: AdmissionSettings = AdmissionSettings()
+    log_format: LogFormat = "json"
+    log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")

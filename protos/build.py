@@ -1,9 +1,10 @@
-"""Generates the Python code of the protos into build/gen: as a build hook of the package, or `python protos/build.py`."""
+"""hatchling's build hook: generates the Python code of the protos into build/gen, at every `uv sync` that needs it."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import grpc_tools
+from grpc_tools import protoc
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -12,9 +13,6 @@ GENERATED = ROOT / "build" / "gen"
 
 def generate() -> None:
     """Compiles every .proto under protos/ to messages, stubs and types. Raises RuntimeError when protoc refuses."""
-    import grpc_tools
-    from grpc_tools import protoc
-
     protos = ROOT / "protos"
     GENERATED.mkdir(parents=True, exist_ok=True)
     sources = sorted(str(path.relative_to(protos)) for path in protos.rglob("*.proto"))
@@ -38,8 +36,3 @@ class GenerateProtos(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Generates the code; version and build_data are hatchling's."""
         generate()
-
-
-if __name__ == "__main__":
-    generate()
-    sys.exit(0)

@@ -1,1 +1,1 @@
-"""The agent of one hypervisor: QEMU, disk and Open vSwitch operations through libvirt. No placement, no policy of the fleet."""
+"""The agent of one hypervisor: QEMU, disk and Open vSwitch operations through libvirt."""

@@ -4,14 +4,13 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import grpc
 import grpc.aio
 import structlog
-from google.protobuf.message import Message
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -20,8 +19,9 @@ from handoff_common.errors import HandoffError
 
 log = structlog.get_logger()
 
-Request = TypeVar("Request", bound=Message)
-Response = TypeVar("Response", bound=Message)
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 # A server that forbids its clients' pings would answer channel.py's keep-alive with GOAWAY.
 SERVER_OPTIONS: Sequence[tuple[str, int]] = (
@@ -36,46 +36,59 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Request, Response] | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> grpc.RpcMethodHandler[Request, Response] | None:
         """Wraps the handlers of unary and server-streaming calls; the others pass as they are."""
         handler = await continuation(handler_call_details)
-        method = handler_call_details.method
         if handler is None or handler.request_streaming:
             return handler
+        method = handler_call_details.method
         if handler.response_streaming:
-            inner_stream = handler.unary_stream
-
-            async def stream(request: Message, context: grpc.aio.ServicerContext) -> object:
-                try:
-                    async for response in inner_stream(request, context):
-                        yield response
-                except HandoffError as error:
-                    await context.abort(error.code, error.message)
-                except (asyncio.CancelledError, grpc.aio.AbortError):
-                    raise
-                except Exception as error:
-                    log.exception("rpc failed", method=method)
-                    await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
-
+            stream = cast(Callable[[Request, Context], AsyncIterator[Response]], handler.unary_stream)
             return grpc.unary_stream_rpc_method_handler(
-                stream, handler.request_deserializer, handler.response_serializer
+                _guarded_stream(method, stream), handler.request_deserializer, handler.response_serializer
             )
-        inner_unary = handler.unary_unary
+        unary = cast(Callable[[Request, Context], Awaitable[Response]], handler.unary_unary)
+        return grpc.unary_unary_rpc_method_handler(
+            _guarded_unary(method, unary), handler.request_deserializer, handler.response_serializer
+        )
 
-        async def unary(request: Message, context: grpc.aio.ServicerContext) -> object:
-            try:
-                return await inner_unary(request, context)
-            except HandoffError as error:
-                await context.abort(error.code, error.message)
-            except (asyncio.CancelledError, grpc.aio.AbortError):
-                raise
-            except Exception as error:
-                log.exception("rpc failed", method=method)
-                await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
-        return grpc.unary_unary_rpc_method_handler(unary, handler.request_deserializer, handler.response_serializer)
+def _guarded_unary(
+    method: str, inner: Callable[[Request, Context], Awaitable[Response]]
+) -> Callable[[Request, Context], Awaitable[Response]]:
+    async def unary(request: Request, context: Context) -> Response:
+        try:
+            return await inner(request, context)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary of the process
+            await _abort(method, context, error)
+
+    return unary
+
+
+def _guarded_stream(
+    method: str, inner: Callable[[Request, Context], AsyncIterator[Response]]
+) -> Callable[[Request, Context], AsyncIterator[Response]]:
+    async def stream(request: Request, context: Context) -> AsyncIterator[Response]:
+        try:
+            async for response in inner(request, context):
+                yield response
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary of the process
+            await _abort(method, context, error)
+
+    return stream
+
+
+async def _abort(method: str, context: Context, error: Exception) -> NoReturn:
+    if isinstance(error, HandoffError):
+        await context.abort(error.code, error.message)
+    log.error("rpc failed", method=method, exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
 
 class Server:

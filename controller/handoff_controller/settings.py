@@ -2,9 +2,10 @@
 
 import os
 
+from pydantic import Field
+
 from handoff_common.config import Settings
 from handoff_common.logs import LogFormat
-from pydantic import Field
 
 
 class EtcdSettings(Settings):

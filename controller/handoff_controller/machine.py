@@ -1,0 +1,125 @@
+"""The state machine of a migration. Pure: what each state does, and what it becomes.
+
+    PLANNED -> PREPARING -> COPYING -> SWITCHING -> COMMITTED -> FINISHING -> DONE
+       |           |           |           |            |
+       |           +-----------+-----+-----+            | only with proof that the destination never ran
+       v                             v                  |
+    ABORTED <-------------------- ABORTING <------------+
+
+Every step is idempotent: a new leader begins its state's steps again. COMMITTED and ABORTING are both entered by
+compare-and-swap on one etcd record, so only one of them can follow SWITCHING.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum, StrEnum, auto
+
+from handoff.controller.v1.migrations_pb2 import Migration, MigrationState, StateChange
+
+
+class State(Enum):
+    """MigrationState, as an enum that Python can check."""
+
+    PLANNED = MigrationState.MIGRATION_STATE_PLANNED
+    PREPARING = MigrationState.MIGRATION_STATE_PREPARING
+    COPYING = MigrationState.MIGRATION_STATE_COPYING
+    SWITCHING = MigrationState.MIGRATION_STATE_SWITCHING
+    COMMITTED = MigrationState.MIGRATION_STATE_COMMITTED
+    FINISHING = MigrationState.MIGRATION_STATE_FINISHING
+    DONE = MigrationState.MIGRATION_STATE_DONE
+    ABORTING = MigrationState.MIGRATION_STATE_ABORTING
+    ABORTED = MigrationState.MIGRATION_STATE_ABORTED
+
+
+class Step(StrEnum):
+    """One idempotent thing to do; most are one call to one agent."""
+
+    AWAIT_ADMISSION = auto()
+    PREPARE_SOURCE = auto()
+    PREPARE_DESTINATION = auto()
+    START_TRANSFER = auto()
+    AWAIT_READY = auto()
+    SWITCH_OVER = auto()
+    AWAIT_HELD = auto()
+    ACTIVATE = auto()
+    RELEASE_SOURCE = auto()
+    FINALIZE_DESTINATION = auto()
+    ABORT_SOURCE = auto()
+    ABORT_DESTINATION = auto()
+
+
+class Event(StrEnum):
+    """How the work of a state ended."""
+
+    COMPLETED = auto()
+    """All steps are done, or, where the state only goes forward, as much as can be done."""
+    FAILED = auto()
+    """A step failed for good, was cancelled or took too long."""
+    FENCED = auto()
+    """The destination proved that its copy never ran and is destroyed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What a state does."""
+
+    steps: tuple[Step, ...]
+    """In order; at once where `concurrent`."""
+    completed: State
+    """The next state once the steps are done."""
+    failed: State | None
+    """The next state when they failed, were cancelled or took too long; None: this state only goes forward."""
+    fenced: State | None = None
+    """The next state when the destination is proven never to have run."""
+    concurrent: bool = False
+
+
+PHASES: Mapping[State, Phase] = {
+    State.PLANNED: Phase((Step.AWAIT_ADMISSION,), completed=State.PREPARING, failed=State.ABORTED),
+    State.PREPARING: Phase(
+        (Step.PREPARE_SOURCE, Step.PREPARE_DESTINATION), completed=State.COPYING, failed=State.ABORTING
+    ),
+    State.COPYING: Phase((Step.START_TRANSFER, Step.AWAIT_READY), completed=State.SWITCHING, failed=State.ABORTING),
+    State.SWITCHING: Phase((Step.SWITCH_OVER, Step.AWAIT_HELD), completed=State.COMMITTED, failed=State.ABORTING),
+    State.COMMITTED: Phase((Step.ACTIVATE,), completed=State.FINISHING, failed=None, fenced=State.ABORTING),
+    State.FINISHING: Phase(
+        (Step.FINALIZE_DESTINATION, Step.RELEASE_SOURCE), completed=State.DONE, failed=None, concurrent=True
+    ),
+    State.ABORTING: Phase(
+        (Step.ABORT_SOURCE, Step.ABORT_DESTINATION), completed=State.ABORTED, failed=None, concurrent=True
+    ),
+}
+FINAL = frozenset({State.DONE, State.ABORTED})
+CANCELLABLE = frozenset(state for state, phase in PHASES.items() if phase.failed is not None)
+
+
+def state_of(migration: Migration) -> State:
+    """The migration's state. Raises ValueError for one that this release does not know."""
+    return State(migration.state)
+
+
+def next_state(state: State, event: Event) -> State:
+    """What `state` becomes. Raises ValueError when the event can't happen in it: a bug, never a fault of the fleet."""
+    phase = PHASES[state]
+    following = {Event.COMPLETED: phase.completed, Event.FAILED: phase.failed, Event.FENCED: phase.fenced}[event]
+    if following is None:
+        raise ValueError(f"a migration in {state.name} can't be {event}")
+    return following
+
+
+def enter(migration: Migration, state: State, *, at: datetime, term: int, reason: str = "") -> Migration:
+    """A copy of the record in its new state, with a line in its timeline; the final states get their end and total."""
+    changed = Migration()
+    changed.CopyFrom(migration)
+    changed.state = state.value
+    change = StateChange(state=state.value, reason=reason, term=term)
+    change.time.FromDatetime(at)
+    changed.timeline.append(change)
+    changed.waiting_for = ""
+    if state in FINAL:
+        changed.end_time.FromDatetime(at)
+        changed.outcome.total_ms = max(0, changed.end_time.ToMilliseconds() - changed.create_time.ToMilliseconds())
+    if state in (State.ABORTING, State.ABORTED) and reason and not changed.error:
+        changed.error = reason
+    return changed

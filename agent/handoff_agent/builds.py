@@ -1,0 +1,25 @@
+"""What is known of an installed QEMU build, and which one a guest runs under. Pure."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One installed QEMU."""
+
+    path: str
+    name: str
+    """What the host's configuration calls it."""
+    release: str
+    """Such as "10.0.2"."""
+    machine_types: frozenset[str]
+    """Names that `-machine` takes, aliases too."""
+    cpu_models: frozenset[str] = frozenset()
+    """CPU models that it can run on this host; empty when libvirt could not tell."""
+
+
+def choose_build(builds: Iterable[Build], *, release: str, path: str) -> Build | None:
+    """The build to run a guest of `release` under: the one at `path` if it is of that release, else the first that is."""
+    of_release = [build for build in builds if build.release == release]
+    return next((build for build in of_release if build.path == path), of_release[0] if of_release else None)

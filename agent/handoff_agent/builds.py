@@ -20,6 +20,6 @@ class Build:
 
 
 def choose_build(builds: Iterable[Build], *, release: str, path: str) -> Build | None:
-    """The build to run a guest of `release` under: the one at `path` if it is of that release, else the first that is."""
+    """The build to run a guest of `release` under: the one at `path` if it is of that release, else the first such."""
     of_release = [build for build in builds if build.release == release]
     return next((build for build in of_release if build.path == path), of_release[0] if of_release else None)

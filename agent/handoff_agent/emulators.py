@@ -1,0 +1,154 @@
+"""Probes the installed QEMU builds: their release, machine types and the CPU models that they can run here."""
+
+import asyncio
+import platform
+import re
+import shutil
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import libvirt
+import structlog
+from lxml import etree
+
+from handoff_agent.builds import Build, choose_build
+from handoff_agent.settings import EmulatorSettings
+from handoff_common.errors import HandoffError, UnavailableError
+
+log = structlog.get_logger()
+
+DomainCapabilities = Callable[[str, str], Awaitable[str]]
+"""virConnectGetDomainCapabilities of a slot: emulator path and virtualisation type in, XML out."""
+
+# A build on a cold cache of a loaded machine takes seconds; one that hangs must not hold the agent's start up.
+PROBE_TIMEOUT_S: Final = 20.0
+# libvirt starts the binary several times for this, about 4 s under load, and then remembers it.
+CAPABILITIES_TIMEOUT_S: Final = 40.0
+_VIRTUALISATION_TYPES: Final = ("kvm", "qemu")
+_RELEASE: Final = re.compile(r"QEMU emulator version (\d+\.\d+\.\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class _FileStamp:
+    mtime_ns: int
+    size: int
+
+
+class Emulators:
+    """The host's QEMU builds. Empty until `probe` has run once; `probe` again picks up what was installed since."""
+
+    def __init__(self, configured: Sequence[EmulatorSettings], capabilities: DomainCapabilities | None = None) -> None:
+        """`configured` empty: the QEMU of this architecture on PATH. Without `capabilities` CPU models stay unknown."""
+        self._configured = tuple(configured) or _emulator_on_path()
+        self._capabilities = capabilities
+        self._probed: dict[str, tuple[_FileStamp, Build]] = {}
+
+    @property
+    def builds(self) -> tuple[Build, ...]:
+        """The builds that answered, in the order of the configuration."""
+        return tuple(self._probed[each.path][1] for each in self._configured if each.path in self._probed)
+
+    @property
+    def releases(self) -> Mapping[str, str]:
+        """Release by path."""
+        return {build.path: build.release for build in self.builds}
+
+    def choose(self, *, release: str, path: str) -> Build | None:
+        """The build to run a guest of `release` under; None when none is of that release."""
+        return choose_build(self.builds, release=release, path=path)
+
+    async def probe(self) -> None:
+        """Probes all builds at once. One that fails is logged and left out; one whose file is as before is not run."""
+        await asyncio.gather(*(self._probe_one(each) for each in self._configured))
+
+    async def _probe_one(self, configured: EmulatorSettings) -> None:
+        try:
+            stamp = _stamp(configured.path)
+            known = self._probed.get(configured.path)
+            if known is not None and known[0] == stamp:
+                return
+            self._probed.pop(configured.path, None)
+            release = parse_release(await _output(configured.path, "-version"))
+            machine_types = parse_machine_types(await _output(configured.path, "-machine", "help"))
+        except (OSError, UnavailableError) as error:
+            log.warning("QEMU build left out", name=configured.name, path=configured.path, reason=str(error))
+            return
+        build = Build(
+            path=configured.path,
+            name=configured.name,
+            release=release,
+            machine_types=machine_types,
+            cpu_models=await self._cpu_models(configured.path),
+        )
+        self._probed[configured.path] = (stamp, build)
+        log.info("QEMU build found", name=build.name, path=build.path, release=build.release)
+
+    async def _cpu_models(self, path: str) -> frozenset[str]:
+        """Models usable under any type of virtualisation; libvirt checks a guest's own once more when it starts it."""
+        models: frozenset[str] = frozenset()
+        if self._capabilities is None:
+            return models
+        for virtualisation in _VIRTUALISATION_TYPES:
+            try:
+                async with asyncio.timeout(CAPABILITIES_TIMEOUT_S):
+                    models |= parse_usable_models(await self._capabilities(path, virtualisation))
+            except (libvirt.libvirtError, HandoffError, TimeoutError, etree.XMLSyntaxError) as error:
+                log.info("CPU models not known", path=path, virtualisation=virtualisation, reason=str(error))
+        return models
+
+
+def parse_release(text: str) -> str:
+    """The release in the output of `-version`. Raises UnavailableError when there is none."""
+    match = _RELEASE.search(text)
+    if match is None:
+        raise UnavailableError(f"-version answered {text[:100]!r}")
+    return match[1]
+
+
+def parse_machine_types(text: str) -> frozenset[str]:
+    """The names in the output of `-machine help`."""
+    _, _, table = text.partition("\n")
+    return frozenset(line.split()[0] for line in table.splitlines() if line.strip())
+
+
+def parse_usable_models(xml: str) -> frozenset[str]:
+    """The CPU models that libvirt's domain capabilities call usable."""
+    root = etree.fromstring(xml.encode())
+    return frozenset(model.text or "" for model in root.iterfind("cpu/mode[@name='custom']/model[@usable='yes']"))
+
+
+def _emulator_on_path() -> tuple[EmulatorSettings, ...]:
+    path = shutil.which(f"qemu-system-{platform.machine()}")
+    return () if path is None else (EmulatorSettings(name="system", path=path),)
+
+
+def _stamp(path: str) -> _FileStamp:
+    status = Path(path).stat()
+    return _FileStamp(status.st_mtime_ns, status.st_size)
+
+
+async def _output(*command: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
+            stdout, stderr = await process.communicate()
+    except TimeoutError:
+        raise UnavailableError(f"no answer to {command[1]} in {PROBE_TIMEOUT_S:.0f} s") from None
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        reason = stderr.decode(errors="replace").strip()[-300:]
+        raise UnavailableError(f"{command[1]} ended with status {process.returncode}: {reason}")
+    return stdout.decode(errors="replace")

@@ -76,7 +76,7 @@ def below_any(paths: tuple[str, ...]) -> IsShared:
 
 
 def describe(xml: str, facts: GuestFacts, *, is_shared: IsShared, releases: Mapping[str, str]) -> types.Domain:
-    """The API's Domain for a libvirt XML (live or persistent). `releases` maps emulator paths to QEMU releases.
+    """The API's Domain for libvirt's plain XML (XMLDesc(0)). `releases` maps emulator paths to QEMU releases.
 
     Sizes of disks are left at 0: the XML does not have them. Raises InvalidArgumentError for what isn't a domain.
     """

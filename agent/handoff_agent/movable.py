@@ -61,7 +61,10 @@ class Obstacle:
 
 
 def obstacles(guest: types.Domain, live_xml: str, facts: SourceFacts, *, is_shared: IsShared) -> tuple[str, ...]:
-    """Every reason why the guest can't leave now; empty when it can. Raises InvalidArgumentError for broken XML."""
+    """Every reason why the guest can't leave now; empty when it can. Raises InvalidArgumentError for broken XML.
+
+    `live_xml` is the plain live XML (XMLDesc(0)): the migratable one lacks backing chains.
+    """
     root = parse_domain(live_xml)
     found = [
         *_state_obstacles(guest, facts),

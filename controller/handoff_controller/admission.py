@@ -36,7 +36,7 @@ def admit(migrations: Sequence[Migration], settings: AdmissionSettings) -> Mappi
             busy[_pair(migration)] += 1
             holders.setdefault(_pair(migration), migration.id)
     verdicts: dict[str, Verdict] = {}
-    for migration in sorted(migrations, key=lambda one: one.id):
+    for migration in sorted(migrations, key=lambda one: (one.create_time.ToNanoseconds(), one.id)):
         if state_of(migration) is not State.PLANNED:
             continue
         pair = _pair(migration)

@@ -52,6 +52,11 @@ class Leadership:
         self.lost = lease.lost
         self._lease = lease
 
+    @property
+    def lease_id(self) -> int:
+        """The lease that leadership hangs on; a key under it goes when the leader does."""
+        return self._lease.id
+
     def valid(self) -> bool:
         """Whether we still lead, as far as this host's clock can tell; False once and for all after the deadline."""
         return self._lease.valid()

@@ -1,0 +1,124 @@
+"""Turns a request into a migration, or refuses it with a reason before anything is touched."""
+
+import asyncio
+import re
+import secrets
+from datetime import UTC, datetime, timedelta
+
+from handoff.agent.v1.types_pb2 import Fence
+from handoff.controller.v1.guests_pb2 import Guest
+from handoff.controller.v1.migrations_pb2 import CreateMigrationRequest, Migration, MigrationOptions, Placement
+from handoff_common.errors import HandoffError, InvalidArgumentError, PreconditionError
+from handoff_controller.agents import Agents
+from handoff_controller.machine import State, enter
+from handoff_controller.store import Reader
+
+DEFAULT_DOWNTIME_LIMIT_MS = 300
+DEFAULT_SWITCH_DEADLINE = timedelta(seconds=2)
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+# QEMU's own bounds: below a page or two a second nothing converges; it refuses a downtime above 2000 s.
+LEAST_BANDWIDTH_BYTES_PER_S = 1 << 20
+LONGEST_DOWNTIME_MS = 2_000_000
+REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+
+
+def with_defaults(options: MigrationOptions) -> MigrationOptions:
+    """The options with every default filled in. Raises InvalidArgumentError for a value that can't be meant. Pure."""
+    full = MigrationOptions()
+    full.CopyFrom(options)
+    full.downtime_limit_ms = options.downtime_limit_ms or DEFAULT_DOWNTIME_LIMIT_MS
+    if not options.HasField("switch_deadline"):
+        full.switch_deadline.FromTimedelta(
+            max(DEFAULT_SWITCH_DEADLINE, timedelta(milliseconds=2 * full.downtime_limit_ms))
+        )
+    if not options.HasField("timeout"):
+        full.timeout.FromTimedelta(DEFAULT_TIMEOUT)
+    if full.downtime_limit_ms > LONGEST_DOWNTIME_MS:
+        raise InvalidArgumentError(
+            f"downtime limit {full.downtime_limit_ms} ms: QEMU takes {LONGEST_DOWNTIME_MS} at most"
+        )
+    if full.switch_deadline.ToTimedelta() <= timedelta(milliseconds=full.downtime_limit_ms):
+        raise InvalidArgumentError(
+            f"switch deadline {full.switch_deadline.ToTimedelta().total_seconds():g} s must be longer than the "
+            f"downtime limit ({full.downtime_limit_ms} ms)"
+        )
+    if full.timeout.ToTimedelta() <= timedelta(0):
+        raise InvalidArgumentError("timeout must be longer than 0 s")
+    if 0 < full.bandwidth_bytes_per_s < LEAST_BANDWIDTH_BYTES_PER_S:
+        raise InvalidArgumentError(
+            f"bandwidth {full.bandwidth_bytes_per_s} bytes/s is less than 1 MiB/s: no guest would ever arrive"
+        )
+    return full
+
+
+def new_migration_id(now: datetime) -> str:
+    """An id that sorts by creation and can be said aloud."""
+    return f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+class Planner:
+    """Checks requests against the records and both hosts."""
+
+    def __init__(self, reader: Reader, agents: Agents, fence: Fence) -> None:
+        self._reader = reader
+        self._agents = agents
+        self._fence = fence
+
+    async def plan(self, request: CreateMigrationRequest) -> Migration:
+        """The migration, in PLANNED, not yet recorded. Raises what CreateMigration documents; changes nothing."""
+        now = datetime.now(UTC)
+        if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
+            raise InvalidArgumentError("request_id: letters, digits and dashes, at most 64")
+        if not request.guest:
+            raise InvalidArgumentError("no guest given; `handoff guests` lists them")
+        if not request.destination_host:
+            raise InvalidArgumentError("no destination host given; `handoff hosts` lists them")
+        options = with_defaults(request.options)
+        destination = self._agents[request.destination_host]
+        guest = await self._reader.guest(request.guest)
+        self._check_free(guest, request.destination_host)
+        source = self._agents[guest.owner.host]
+        migration = Migration(
+            id=request.request_id or new_migration_id(now),
+            guest_uuid=guest.uuid,
+            guest_name=guest.name,
+            source=guest.owner,
+            # A host's slots matter to hot upgrades only; a guest that comes from elsewhere starts in the first.
+            destination=Placement(host=request.destination_host, slot="a"),
+            options=options,
+        )
+        migration.create_time.FromDatetime(now)
+        found, host = await asyncio.gather(
+            source.prepare_source(self._fence, migration.id, guest.uuid, validate_only=True),
+            destination.get_host(),
+            return_exceptions=True,
+        )
+        for problem in (host, found):
+            if isinstance(problem, BaseException):
+                raise self._explained(problem, guest, request.destination_host)
+        assert not isinstance(found, BaseException)
+        await destination.prepare_destination(
+            self._fence, migration.id, found, migration.destination.slot, validate_only=True
+        )
+        return enter(migration, State.PLANNED, at=now, term=self._fence.term)
+
+    def _check_free(self, guest: Guest, destination: str) -> None:
+        if guest.owner.host == destination:
+            raise InvalidArgumentError(f"{guest.name} is on {destination} already; name another host")
+        if guest.active_migration:
+            raise PreconditionError(
+                f"{guest.name} is being moved by migration {guest.active_migration}: wait for it "
+                f"(`handoff watch {guest.active_migration}`) or cancel it"
+            )
+        if guest.conflicts:
+            raise PreconditionError(
+                f"{guest.name} belongs to {guest.owner.host}, but also runs on {', '.join(guest.conflicts)}: "
+                "find out which copy is right and destroy the others first"
+            )
+
+    @staticmethod
+    def _explained(problem: BaseException, guest: Guest, destination: str) -> BaseException:
+        """The same error, saying that nothing has been done."""
+        if not isinstance(problem, HandoffError):
+            return problem
+        return type(problem)(f"can't move {guest.name} to {destination}: {problem.message}")

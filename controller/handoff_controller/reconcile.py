@@ -1,0 +1,80 @@
+"""What a host's report of its domains means for the records of guests. Pure.
+
+Outside of a migration the fleet is the truth and the records follow it; within one, the record is.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from handoff.agent.v1.types_pb2 import Domain, DomainState
+from handoff.controller.v1.guests_pb2 import Guest
+from handoff.controller.v1.migrations_pb2 import Placement
+
+ACTIVE = frozenset({DomainState.DOMAIN_STATE_RUNNING, DomainState.DOMAIN_STATE_PAUSED, DomainState.DOMAIN_STATE_OTHER})
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Guest records to write and to forget."""
+
+    written: tuple[Guest, ...]
+    forgotten: tuple[Guest, ...]
+
+
+def reconcile(
+    host: str, domains: Sequence[Domain], guests: Iterable[Guest], reported: Mapping[str, set[str]]
+) -> Changes:
+    """Compares the domains that `host` reports with the records.
+
+    `reported`: for each host that answers, the UUIDs that it reported last. A guest that somebody moved by hand goes to
+    the host that has it; one that two hosts have active keeps its owner and the other is noted as a conflict; one that
+    its owner no longer has is forgotten.
+    """
+    here = {domain.uuid: domain for domain in domains}
+    known = {guest.uuid: guest for guest in guests}
+    written = [
+        Guest(uuid=domain.uuid, name=domain.name, owner=Placement(host=host, slot=domain.slot), generation=1)
+        for domain in domains
+        if domain.uuid not in known and not domain.migration_id
+    ]
+    forgotten: list[Guest] = []
+    for guest in known.values():
+        if guest.active_migration:
+            continue
+        domain = here.get(guest.uuid)
+        if guest.owner.host != host:
+            changed = _seen_elsewhere(guest, host, domain, reported)
+        elif domain is not None:
+            changed = _seen_at_owner(guest, host, domain)
+        elif any(guest.uuid in uuids for name, uuids in reported.items() if name != host):
+            continue
+        else:
+            forgotten.append(guest)
+            continue
+        if changed != guest:
+            written.append(changed)
+    return Changes(tuple(written), tuple(forgotten))
+
+
+def _seen_at_owner(guest: Guest, host: str, domain: Domain) -> Guest:
+    changed = Guest()
+    changed.CopyFrom(guest)
+    changed.name = domain.name
+    changed.owner.slot = domain.slot
+    changed.conflicts[:] = [other for other in guest.conflicts if other != host]
+    return changed
+
+
+def _seen_elsewhere(guest: Guest, host: str, domain: Domain | None, reported: Mapping[str, set[str]]) -> Guest:
+    changed = Guest()
+    changed.CopyFrom(guest)
+    changed.conflicts[:] = [other for other in guest.conflicts if other != host]
+    if domain is None or domain.state not in ACTIVE or domain.migration_id:
+        return changed
+    owner_lacks_it = guest.owner.host in reported and guest.uuid not in reported[guest.owner.host]
+    if owner_lacks_it:
+        changed.owner.CopyFrom(Placement(host=host, slot=domain.slot))
+        changed.generation += 1
+    else:
+        changed.conflicts.append(host)
+    return changed

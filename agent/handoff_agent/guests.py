@@ -87,7 +87,7 @@ def describe(xml: str, facts: GuestFacts, *, is_shared: IsShared, releases: Mapp
         name=root.findtext("name", ""),
         slot=facts.slot,
         state=facts.state,
-        memory_bytes=_largest_memory(root),
+        memory_bytes=_memory_bytes(root),
         vcpus=int(root.findtext("vcpu", "1")),
         cpu_model=_cpu_model(root),
         machine_type=_machine_type(root),
@@ -190,15 +190,13 @@ def _plugged_into(source: etree._Element) -> str:
     return ""
 
 
-def _largest_memory(root: etree._Element) -> int:
-    return max(
-        (_bytes(element) for tag in ("memory", "maxMemory") if (element := root.find(tag)) is not None), default=0
-    )
-
-
-def _bytes(element: etree._Element) -> int:
+def _memory_bytes(root: etree._Element) -> int:
+    """<memory>, plugged modules included; <maxMemory> is only a bound for plugging in more, often a fictitious one."""
+    element = root.find("memory")
+    if element is None:
+        return 0
     if element.get("unit", "KiB") != "KiB":
-        raise InvalidArgumentError(f"<{element.tag}> is in {element.get('unit')}; libvirt itself writes KiB")
+        raise InvalidArgumentError(f"<memory> is in {element.get('unit')}; libvirt itself writes KiB")
     return int(element.text or "0") << 10
 
 

@@ -3,9 +3,10 @@
 import os
 from pathlib import Path
 
+from pydantic import Field
+
 from handoff_common.config import Settings
 from handoff_common.logs import LogFormat
-from pydantic import Field
 
 # What the host itself needs, when the file does not say what guests may use.
 HOST_RESERVE_BYTES = 1 << 30
@@ -40,6 +41,12 @@ class AgentSettings(Settings):
     memory_mib: int | None = Field(
         default=None, gt=0, description="memory that guests may use; default: all but 1 GiB of the machine's"
     )
+    graphics_address: str | None = Field(
+        default=None,
+        description="address that moved guests' displays get if they listen on one address of another host; default:"
+        " migration_address",
+    )
+    ovs_database: str = Field(default="unix:/run/openvswitch/db.sock", description="Open vSwitch's database")
     slots: dict[str, SlotSettings] = Field(min_length=1, description="libvirt daemons by name: a, and b for upgrades")
     emulators: tuple[EmulatorSettings, ...] = Field(default=(), description="QEMU builds; probed at start")
     log_format: LogFormat = "json"

@@ -84,6 +84,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> HandoffError:
     """Turns a client's gRPC error into ours. `peer` names the other side in messages that gRPC itself wrote."""
     kind = _BY_CODE.get(error.code(), HandoffError)
     details = error.details() or error.code().name
+    if "failed to connect to all addresses" in details:
+        details = f"can't be reached ({details.rsplit(': ', 1)[-1]})"
     if kind in (UnavailableError, DeadlineError):
         return kind(f"{peer}: {details}")
     return kind(details)

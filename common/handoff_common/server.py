@@ -1,5 +1,7 @@
 """One way to serve gRPC: errors become statuses, and every server has health, reflection and channelz."""
 
+from __future__ import annotations
+
 import asyncio
 import os
 import signal

@@ -111,7 +111,7 @@ class MigrationsService(migrations_pb2_grpc.MigrationsServiceServicer):
             return CreateMigrationResponse(migration=await conductor.create(request))
         return await self._link.forward(
             context,
-            lambda leader, timeout, metadata: leader.CreateMigration(request, timeout=timeout, metadata=metadata),
+            lambda leader, timeout, via: leader.CreateMigration(request, timeout=timeout, metadata=via),
         )
 
     async def CancelMigration(self, request: CancelMigrationRequest, context: Context) -> CancelMigrationResponse:  # noqa: N802
@@ -120,7 +120,7 @@ class MigrationsService(migrations_pb2_grpc.MigrationsServiceServicer):
             return CancelMigrationResponse(migration=await conductor.cancel(request.id))
         return await self._link.forward(
             context,
-            lambda leader, timeout, metadata: leader.CancelMigration(request, timeout=timeout, metadata=metadata),
+            lambda leader, timeout, via: leader.CancelMigration(request, timeout=timeout, metadata=via),
         )
 
     async def GetMigration(self, request: GetMigrationRequest, context: Context) -> GetMigrationResponse:  # noqa: N802

@@ -1,0 +1,40 @@
+# `make demo` and `make test` install what is missing on a bare Debian 12; both need root for the lab's namespaces.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON := .venv/bin/python
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+setup: ## install and build all that the lab and the tests need (idempotent)
+	@lab/setup.sh
+
+demo: setup ## bring a fleet up, move a busy guest there and back, print the timeline
+	@$(PYTHON) -m handoff_lab.demo
+
+test: setup lint types proto unit lab-test ## everything a fresh checkout needs to trust itself
+
+lint: ## ruff, lint and format
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: ## mypy --strict
+	.venv/bin/mypy
+
+proto: ## buf lint
+	.venv/bin/buf lint
+
+unit: ## unit, property and model tests; no root needed but for etcd's and systemd's own binaries
+	$(PYTHON) -m pytest tests/unit tests/model
+
+lab-test: ## the fleet: real libvirt, QEMU, Open vSwitch and etcd
+	$(PYTHON) -m pytest tests/lab
+
+bench-handoff: setup ## our migration against `virsh migrate --live --p2p`, into out/bench/handoff.json
+	@$(PYTHON) -m bench.handoff
+
+clean: ## stop the lab, remove what was built here
+	-.venv/bin/handoff-lab down
+	rm -rf build out .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.PHONY: help setup demo test lint types proto unit lab-test bench-handoff clean

@@ -1,0 +1,110 @@
+"""Gathers the facts that movable.py judges."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import libvirt
+
+from handoff.agent.v1 import types_pb2 as types
+from handoff_agent.emulators import Emulators
+from handoff_agent.host_service import free_memory_bytes
+from handoff_agent.inventory import Inventory
+from handoff_agent.monitor import Monitor
+from handoff_agent.movable import HostFacts, SourceFacts
+from handoff_agent.settings import AgentSettings
+from handoff_agent.slots import Hypervisor, LibvirtFailure, Slot
+from handoff_common.errors import DeadlineError, UnavailableError
+
+# Network file systems block the one who looks until they are back.
+PATHS_TIMEOUT_S: Final = 5.0
+
+
+class Survey:
+    """Looks at guests that want to leave, and at this host for guests that want to come."""
+
+    def __init__(
+        self, settings: AgentSettings, hypervisor: Hypervisor, emulators: Emulators, inventory: Inventory
+    ) -> None:
+        self._settings = settings
+        self._hypervisor = hypervisor
+        self._emulators = emulators
+        self._inventory = inventory
+        self._paths = ThreadPoolExecutor(2, "paths")
+
+    def close(self) -> None:
+        """Takes no more questions."""
+        self._paths.shutdown(wait=False, cancel_futures=True)
+
+    async def source_facts(self, guest: types.Domain) -> SourceFacts:
+        """What `obstacles` needs to know of a guest here. Raises as Slot.call does, and QmpError."""
+        slot = self._hypervisor.slot(guest.slot)
+        targets = [disk.target for disk in guest.disks if disk.placement != types.DISK_PLACEMENT_EMPTY]
+        is_active = guest.state in (types.DOMAIN_STATE_RUNNING, types.DOMAIN_STATE_PAUSED)
+
+        def read(domain: libvirt.virDomain) -> SourceFacts:
+            return SourceFacts(
+                block_jobs=tuple(target for target in targets if is_active and domain.blockJobInfo(target)),
+                snapshots=domain.snapshotNum(),
+                checkpoints=len(domain.listAllCheckpoints()),
+            )
+
+        facts = await slot.on_domain(guest.uuid, read)
+        if not is_active:
+            return facts
+        migration = await Monitor(slot, guest.uuid).query_migrate()
+        return SourceFacts(facts.block_jobs, facts.snapshots, facts.checkpoints, migration.blocked_reasons)
+
+    async def host_facts(self, guest: types.Domain, slot_name: str) -> HostFacts:
+        """What `destination_obstacles` needs to know of this host for a guest from elsewhere.
+
+        Raises NotFoundError for an unknown slot, UnavailableError when a slot has no libvirtd, and DeadlineError when
+        a libvirtd or the storage does not answer.
+        """
+        slot = self._hypervisor.slot(slot_name)
+        for each in self._hypervisor.slots:
+            if not each.connected:
+                raise UnavailableError(
+                    f"host {self._settings.name}: slot {each.name} has no libvirtd, so what its guests use is not known;"
+                    " start it first"
+                )
+        domains = await self._inventory.domains()
+        return HostFacts(
+            name=self._settings.name,
+            memory_free_bytes=free_memory_bytes(self._settings.guest_memory_bytes(), domains),
+            names=frozenset(domain.name for domain in domains if domain.slot == slot_name),
+            uuids=frozenset(domain.uuid for domain in domains),
+            builds=self._emulators.builds,
+            bridges=frozenset(name for _, name in socket.if_nameindex()) | await _networks(slot),
+            missing_paths=await self._missing(
+                [disk.source for disk in guest.disks if disk.placement == types.DISK_PLACEMENT_SHARED]
+            ),
+        )
+
+    async def _missing(self, paths: Sequence[str]) -> frozenset[str]:
+        look = asyncio.get_running_loop().run_in_executor(self._paths, _missing_of, paths)
+        try:
+            return await asyncio.wait_for(look, PATHS_TIMEOUT_S)
+        except TimeoutError:
+            raise DeadlineError(
+                f"host {self._settings.name}: the storage below {', '.join(paths)} did not answer within"
+                f" {PATHS_TIMEOUT_S:g} s"
+            ) from None
+
+
+async def _networks(slot: Slot) -> frozenset[str]:
+    def read(connection: libvirt.virConnect) -> frozenset[str]:
+        active = connection.listAllNetworks(libvirt.VIR_CONNECT_LIST_NETWORKS_ACTIVE)
+        return frozenset(network.name() for network in active)
+
+    try:
+        return await slot.call(read)
+    except LibvirtFailure:  # built or installed without its network driver
+        return frozenset()
+
+
+def _missing_of(paths: Sequence[str]) -> frozenset[str]:
+    return frozenset(path for path in paths if not os.path.exists(path))  # noqa: PTH110 - Path.exists raises EACCES

@@ -90,8 +90,7 @@ class Driver:
     async def run(self) -> Migration:
         """Goes on until the state is final. Raises what `Records.save` raises: then another leader goes on."""
         while (state := state_of(self.migration)) not in FINAL:
-            work = await self._perform(state)
-            await self._advance(next_state(state, work.event), work.reason)
+            await self._advance(await self._perform(state))
         return self.migration
 
     async def cancel(self) -> Migration:
@@ -121,15 +120,20 @@ class Driver:
                 changed.waiting_for = reason
                 self.migration = await self._records.save(changed)
 
-    async def _advance(self, state: State, reason: str) -> None:
+    async def _advance(self, work: Work) -> None:
         async with self._lock:
-            changed = enter(self.migration, state, at=datetime.now(UTC), term=self._fence.term, reason=reason)
+            before = state_of(self.migration)
+            # A cancel that was granted while the last step ended must not be followed by the next state.
+            if self.migration.cancel_requested and before in CANCELLABLE and work.event is Event.COMPLETED:
+                work = _cancelled(before)
+            state = next_state(before, work.event)
+            changed = enter(self.migration, state, at=datetime.now(UTC), term=self._fence.term, reason=work.reason)
             self.migration = await self._records.save(changed)
         if state is State.COMMITTED:
             self._committed_at = asyncio.get_running_loop().time()
             if self._held_at is not None:
                 self.migration.outcome.held_to_committed_ms = 1000 * (self._committed_at - self._held_at)
-        self._log.info("state", state=state.name, reason=reason)
+        self._log.info("state", state=state.name, reason=work.reason)
 
     async def _perform(self, state: State) -> Work:
         """Runs the steps of a state; those of a cancellable one end early by a cancel or the migration's deadline."""
@@ -142,7 +146,7 @@ class Driver:
             if work.done():
                 return work.result()
             if cancelled.done():
-                return Work(Event.FAILED, f"cancelled by the operator while {state.name}")
+                return _cancelled(state)
             return Work(Event.FAILED, self._too_late(state))
         finally:
             for task in (work, cancelled):
@@ -409,6 +413,10 @@ class Driver:
     def _warn(self, warning: str) -> None:
         if warning not in self.migration.warnings:
             self.migration.warnings.append(warning)
+
+
+def _cancelled(state: State) -> Work:
+    return Work(Event.FAILED, f"cancelled by the operator while {state.name}")
 
 
 async def _coroutine(action: Callable[[], Awaitable[Event | None]]) -> None:

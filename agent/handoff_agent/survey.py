@@ -68,7 +68,7 @@ class Survey:
         for each in self._hypervisor.slots:
             if not each.connected:
                 raise UnavailableError(
-                    f"host {self._settings.name}: slot {each.name} has no libvirtd, so what its guests use is not known;"
+                    f"host {self._settings.name}: slot {each.name} has no libvirtd, so what it uses is not known;"
                     " start it first"
                 )
         domains = await self._inventory.domains()

@@ -70,10 +70,10 @@ class Emulators:
             known = self._probed.get(configured.path)
             if known is not None and known[0] == stamp:
                 return
-            self._probed.pop(configured.path, None)
             release = parse_release(await _output(configured.path, "-version"))
             machine_types = parse_machine_types(await _output(configured.path, "-machine", "help"))
         except (OSError, UnavailableError) as error:
+            self._probed.pop(configured.path, None)
             log.warning("QEMU build left out", name=configured.name, path=configured.path, reason=str(error))
             return
         build = Build(

@@ -7,7 +7,7 @@ import structlog
 
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState
 from handoff.agent.v1.types_pb2 import Fence
-from handoff_common.errors import HandoffError, NotFoundError
+from handoff_common.errors import HandoffError
 from handoff_controller.agents import GrpcAgent
 from handoff_controller.machine import State, state_of
 from handoff_controller.store import Reader
@@ -41,12 +41,11 @@ class Settler:
             log.warning("leftovers not settled", host=agent.name, error=error.message)
 
     async def _settle(self, agent: GrpcAgent, handoff: Handoff) -> None:
-        try:
-            state = state_of(await self._reader.migration(handoff.migration_id))
-        except NotFoundError:
+        migration = await self._reader.find_migration(handoff.migration_id)
+        if migration is None:
             log.error("a handoff without a record", host=agent.name, migration=handoff.migration_id)
             return
-        order = self._order(agent, handoff, state)
+        order = self._order(agent, handoff, state_of(migration))
         if order is not None:
             settled = await order()
             log.info(

@@ -136,6 +136,11 @@ class Reader:
         await self._add_progress(migration)
         return migration
 
+    async def find_migration(self, migration_id: str) -> Migration | None:
+        """The record with exactly this id, without its progress."""
+        value = await self._client.get(MIGRATIONS + migration_id)
+        return None if value is None else decode(value, Migration)
+
     async def migrations(self) -> tuple[Migration, ...]:
         """All migrations, oldest first."""
         _, values = await self._client.list(MIGRATIONS)
@@ -173,18 +178,19 @@ class Reader:
                         queue.put_nowait(view[key])
 
         pumps = [asyncio.create_task(pump(key + migration_id)) for key in (MIGRATIONS, PROGRESS)]
+        value = asyncio.create_task(queue.get())
         try:
             while True:
-                value = asyncio.create_task(queue.get())
                 await asyncio.wait({value, *pumps}, return_when=asyncio.FIRST_COMPLETED)
                 for ended in pumps:
                     if ended.done():
                         ended.result()
                 yield await value
+                value = asyncio.create_task(queue.get())
         finally:
-            for task in pumps:
+            for task in (value, *pumps):
                 task.cancel()
-            await asyncio.wait(pumps)
+            await asyncio.wait({value, *pumps})
 
     async def _add_progress(self, migration: Migration) -> None:
         if state_of(migration) in FINAL:
@@ -205,7 +211,8 @@ class Store(Reader):
     def __init__(self, client: EtcdClient, leadership: Leadership) -> None:
         super().__init__(client)
         self._leadership = leadership
-        # Saves the read of the guest while it is paused. A wrong entry fails its compare and is read again.
+        # Saves the read of the guest while it is paused. A wrong entry fails its compare, also when nothing would
+        # change in it, and is read again.
         self._guests: dict[str, Guest] = {}
 
     async def create(self, migration: Migration) -> Migration:
@@ -228,10 +235,9 @@ class Store(Reader):
         while True:
             guest = self._guests.pop(migration.guest_uuid, None) or await self.guest(migration.guest_uuid)
             changed = guest_after(guest, migration)
-            compares = [modified_at(migration_key, migration.revision)]
+            compares = [modified_at(migration_key, migration.revision), modified_at(guest_key, guest.revision)]
             ops: list[Op] = [put(migration_key, encode(migration))]
             if changed != guest:
-                compares.append(modified_at(guest_key, guest.revision))
                 ops.append(put(guest_key, encode(changed)))
             if state_of(migration) in FINAL:
                 ops.append(delete(PROGRESS + migration.id))
@@ -246,7 +252,8 @@ class Store(Reader):
             saved.revision = revision
             if changed != guest:
                 changed.revision = revision
-            self._guests[migration.guest_uuid] = changed
+            if state_of(migration) not in FINAL:
+                self._guests[migration.guest_uuid] = changed
             return saved
 
     async def put_progress(self, migration_id: str, progress: TransferProgress) -> None:

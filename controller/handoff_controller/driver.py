@@ -107,8 +107,11 @@ class Driver:
             changed = Migration()
             changed.CopyFrom(self.migration)
             changed.cancel_requested = True
-            self.migration = await self._records.save(changed)
-        self._cancelled.set()
+            try:
+                self.migration = await self._records.save(changed)
+            finally:
+                # An unanswered write may be there: the abort's own write then finds out.
+                self._cancelled.set()
         return self.migration
 
     async def wait_for(self, reason: str) -> None:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import structlog
 
 from handoff.agent.v1.types_pb2 import Domain
+from handoff.controller.v1.guests_pb2 import Guest
 from handoff.controller.v1.hosts_pb2 import Host, HostState
 from handoff_common.errors import ConflictError, DeadlineError, HandoffError, UnavailableError
 from handoff_controller.agents import Agents, GrpcAgent
@@ -44,6 +45,8 @@ class Fleet:
         agent = self._agents[name]
         host = Host(name=name, agent_address=agent.address)
         domains: tuple[Domain, ...] | None = None
+        # Read before the domains: a guest that has moved since then is not the one that its compare expects.
+        guests = await self._store.guests()
         try:
             host.detail.CopyFrom(await agent.get_host())
             domains = await agent.list_domains()
@@ -59,7 +62,7 @@ class Fleet:
             host.guests = sum(domain.state in ACTIVE and not domain.migration_id for domain in domains)
         await self._record(host)
         if domains is not None and host.state == HostState.HOST_STATE_UP:
-            await self._reconcile(name, domains)
+            await self._reconcile(name, domains, guests)
             await self._settler.settle(agent)
         else:
             self._reported.pop(name, None)
@@ -112,9 +115,9 @@ class Fleet:
         await self._store.put_host(host)
         self._hosts[host.name] = host
 
-    async def _reconcile(self, name: str, domains: tuple[Domain, ...]) -> None:
+    async def _reconcile(self, name: str, domains: tuple[Domain, ...], guests: tuple[Guest, ...]) -> None:
         self._reported[name] = {domain.uuid for domain in domains}
-        changes = reconcile(name, domains, await self._store.guests(), self._reported)
+        changes = reconcile(name, domains, guests, self._reported)
         for guest in changes.written:
             log.info("guest", guest=guest.name, owner=guest.owner.host, conflicts=list(guest.conflicts))
             await self._store.put_guest(guest)

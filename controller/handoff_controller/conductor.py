@@ -28,6 +28,8 @@ from handoff_controller.store import Store
 
 log = structlog.get_logger()
 
+PASSING = (ConflictError, UnavailableError, DeadlineError)
+ADOPT_EVERY_S = 5.0
 RETRY_S = 0.5
 RETRY_AFTER_BUG_S = 5.0
 
@@ -47,32 +49,23 @@ class Conductor:
         self._fleet = Fleet(agents, self._store, Settler(self._store, self._fence, self._is_driven))
         self._drivers: dict[str, Driver] = {}
         self._admitted: dict[str, asyncio.Event] = {}
+        self._adopted = asyncio.Event()
+        self._left_alone: set[str] = set()
         self._group = asyncio.TaskGroup()
 
     async def run(self) -> None:
         """Adopts what is in flight and works until cancelled. Raises StaleTermError when we don't lead any more."""
         async with self._group:
-            for migration in await self._store.migrations():
-                if state_of(migration) in FINAL:
-                    continue
-                if any(place.host not in self._agents for place in (migration.source, migration.destination)):
-                    log.error("a migration's host is not configured any more; it waits", migration=migration.id)
-                else:
-                    log.info("adopted", migration=migration.id, state=state_of(migration).name)
-                    self._start(migration)
-            await self._admit()
+            await self._adopt_all()
+            self._group.create_task(self._keep_adopting(), name="adoption")
             await self._fleet.run()
 
     async def create(self, request: CreateMigrationRequest) -> Migration:
         """Plans, records and starts a migration; see CreateMigration for what it raises."""
-        if request.request_id:
-            try:
-                known = await self._store.migration(request.request_id)
-            except NotFoundError:
-                pass
-            else:
-                if known.id == request.request_id:
-                    return known
+        # Admission must know of everything that is in flight.
+        await self._adopted.wait()
+        if request.request_id and (known := await self._store.find_migration(request.request_id)) is not None:
+            return known
         migration = await self._store.create(await self._planned(request))
         self._start(migration)
         await self._admit()
@@ -81,12 +74,58 @@ class Conductor:
     async def cancel(self, beginning: str) -> Migration:
         """Asks for the abort. Raises NotFoundError, or PreconditionError when the migration is past the commit."""
         migration = await self._store.migration(beginning)
-        driver = self._drivers.get(migration.id)
-        if driver is not None:
-            return await driver.cancel()
+        while (driver := self._drivers.get(migration.id)) is not None:
+            cancelled = await driver.cancel()
+            # Unless another driver has taken its place meanwhile, from a record that did not know of the wish.
+            if self._drivers.get(migration.id) in (driver, None):
+                return cancelled
         if state_of(migration) in FINAL:
             raise PreconditionError(f"migration {migration.id} is {state_of(migration).name} already")
         raise UnavailableError(f"migration {migration.id} is just being taken over; try again")
+
+    async def _adopt_all(self) -> None:
+        while True:
+            try:
+                in_flight = await self._store.migrations()
+                break
+            except PASSING as error:
+                log.warning("the migrations can't be read", error=error.message)
+        for migration in in_flight:
+            self._adopt(migration)
+        self._adopted.set()
+        await self._admit()
+
+    async def _keep_adopting(self) -> None:
+        """Takes on what was recorded without an answer: its creator does not know, and nobody drives it."""
+        while True:
+            await asyncio.sleep(ADOPT_EVERY_S)
+            # One whose driver ends while we read must not begin again.
+            driven = set(self._drivers)
+            try:
+                for guest in await self._store.guests():
+                    if not guest.active_migration or guest.active_migration in driven:
+                        continue
+                    migration = await self._store.find_migration(guest.active_migration)
+                    if migration is not None:
+                        self._adopt(migration)
+            except PASSING as error:
+                log.warning("the guests can't be read", error=error.message)
+            await self._admit()
+
+    def _adopt(self, migration: Migration) -> None:
+        try:
+            if state_of(migration) in FINAL or migration.id in self._drivers or migration.id in self._left_alone:
+                return
+        except ValueError as error:
+            log.error("a migration of another release; it waits", migration=migration.id, error=str(error))
+            self._left_alone.add(migration.id)
+            return
+        if any(place.host not in self._agents for place in (migration.source, migration.destination)):
+            log.error("a migration's host is not configured any more; it waits", migration=migration.id)
+            self._left_alone.add(migration.id)
+            return
+        log.info("adopted", migration=migration.id, state=state_of(migration).name)
+        self._start(migration)
 
     async def _planned(self, request: CreateMigrationRequest) -> Migration:
         try:
@@ -100,6 +139,8 @@ class Conductor:
         return migration_id in self._drivers
 
     def _start(self, migration: Migration) -> None:
+        if migration.id in self._drivers:  # adopted while its creator waited for etcd's answer
+            return
         self._admitted[migration.id] = asyncio.Event()
         self._drivers[migration.id] = self._driver(migration)
         self._group.create_task(self._drive(migration.id), name=f"migration {migration.id}")
@@ -116,39 +157,48 @@ class Conductor:
 
     async def _drive(self, migration_id: str) -> None:
         try:
-            while True:
-                pause_s = RETRY_S
-                try:
-                    await self._drivers[migration_id].run()
-                    return
-                except (ConflictError, UnavailableError, DeadlineError) as error:
-                    log.warning("reading the record again", migration=migration_id, error=error.message)
-                except StaleTermError:
-                    raise
-                except Exception:
-                    pause_s = RETRY_AFTER_BUG_S
-                    log.exception("the driver failed", migration=migration_id)
-                await asyncio.sleep(pause_s)
-                await self._reload(migration_id)
+            await self._drive_to_its_end(migration_id)
         finally:
-            self._drivers.pop(migration_id, None)
-            self._admitted.pop(migration_id, None)
-            if self.leadership.valid():
-                await self._admit()
+            del self._drivers[migration_id], self._admitted[migration_id]
+        await self._admit()
 
-    async def _reload(self, migration_id: str) -> None:
+    async def _drive_to_its_end(self, migration_id: str) -> None:
+        """Runs the driver until the state is final; one that failed gives way to a new one, from the record."""
+        failed = False
         while True:
             try:
-                self._drivers[migration_id] = self._driver(await self._store.migration(migration_id))
+                if failed:
+                    migration = await self._store.find_migration(migration_id)
+                    if migration is None:
+                        log.error("the record of a migration is gone", migration=migration_id)
+                        return
+                    self._drivers[migration_id] = self._driver(migration)
+                await self._drivers[migration_id].run()
                 return
-            except (UnavailableError, DeadlineError) as error:
-                log.warning("the record can't be read", migration=migration_id, error=error.message)
+            except PASSING as error:
+                pause_s = RETRY_S
+                log.warning("reading the record again", migration=migration_id, error=error.message)
+            except StaleTermError:
+                raise
+            except Exception:
+                pause_s = RETRY_AFTER_BUG_S
+                log.exception("the driver failed", migration=migration_id)
+            failed = True
+            await asyncio.sleep(pause_s)
 
     async def _admit(self) -> None:
         """Lets those begin whose link is free, and notes in the others' records what they wait for."""
-        verdicts = admit([driver.migration for driver in self._drivers.values()], self._settings.admission)
+        admitted = {migration_id for migration_id, event in self._admitted.items() if event.is_set()}
+        migrations = [driver.migration for driver in self._drivers.values()]
+        verdicts = admit(migrations, self._settings.admission, admitted)
         for migration_id, verdict in verdicts.items():
             if verdict.admitted:
                 self._admitted[migration_id].set()
-            elif not self._admitted[migration_id].is_set():
-                await self._drivers[migration_id].wait_for(verdict.reason)
+        for migration_id, verdict in verdicts.items():
+            driver = self._drivers.get(migration_id)
+            if driver is None or verdict.admitted:
+                continue
+            try:
+                await driver.wait_for(verdict.reason)
+            except PASSING as error:
+                log.warning("not noted what it waits for", migration=migration_id, error=error.message)

@@ -55,10 +55,16 @@ class Conductor:
 
     async def run(self) -> None:
         """Adopts what is in flight and works until cancelled. Raises StaleTermError when we don't lead any more."""
-        async with self._group:
-            await self._adopt_all()
-            self._group.create_task(self._keep_adopting(), name="adoption")
-            await self._fleet.run()
+        try:
+            async with self._group:
+                await self._adopt_all()
+                self._group.create_task(self._keep_adopting(), name="adoption")
+                await self._fleet.run()
+        except BaseExceptionGroup as group:
+            stale, others = group.split(StaleTermError)
+            if stale is not None and others is None:
+                raise StaleTermError(f"term {self.leadership.term} has ended while it was at work") from group
+            raise
 
     async def create(self, request: CreateMigrationRequest) -> Migration:
         """Plans, records and starts a migration; see CreateMigration for what it raises."""

@@ -1,0 +1,69 @@
+"""A real libvirtd of the tests' own, in a private mount namespace."""
+
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+
+import libvirt
+import pytest
+
+from handoff_agent.events import start_libvirt_loop
+
+LIBVIRTD_CONF = """
+host_uuid = "{host_uuid}"
+auth_unix_rw = "none"
+log_outputs = "2:file:{root}/log/libvirtd.log"
+"""
+QEMU_CONF = """
+user = "root"
+group = "root"
+security_driver = "none"
+cgroup_controllers = []
+namespaces = []
+stdio_handler = "file"
+remember_owner = 0
+"""
+BINDS = {
+    "run": "/run/libvirt",
+    "etc": "/etc/libvirt",
+    "lib": "/var/lib/libvirt",
+    "log": "/var/log/libvirt",
+    "cache": "/var/cache/libvirt",
+}
+
+
+@pytest.fixture(scope="session")
+def libvirtd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URI of a libvirtd with nothing defined; every domain that a test leaves is destroyed at the end."""
+    root = tmp_path_factory.mktemp("libvirtd")
+    for name in BINDS:
+        (root / name).mkdir()
+    (root / "etc" / "libvirtd.conf").write_text(LIBVIRTD_CONF.format(host_uuid=uuid.uuid4(), root=root))
+    (root / "etc" / "qemu.conf").write_text(QEMU_CONF)
+    binds = "\n".join(f"mkdir -p {target}; mount --bind {root}/{name} {target}" for name, target in BINDS.items())
+    script = f"set -e; mount --make-rprivate /\n{binds}\nexec libvirtd -p {root}/run/libvirtd.pid"
+    daemon = subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdin=subprocess.DEVNULL)
+    socket = root / "run" / "libvirt-sock"
+    uri = f"qemu+unix:///system?socket={socket}"
+    try:
+        deadline = time.monotonic() + 30
+        while not socket.exists() and time.monotonic() < deadline:
+            assert daemon.poll() is None, "libvirtd ended"
+            time.sleep(0.05)
+        start_libvirt_loop()
+        yield uri
+        _destroy_all(uri)
+    finally:
+        daemon.terminate()
+        daemon.wait(20)
+
+
+def _destroy_all(uri: str) -> None:
+    connection = libvirt.open(uri)
+    for domain in connection.listAllDomains():
+        if domain.isActive():
+            domain.destroy()
+        if domain.isPersistent():
+            domain.undefine()
+    connection.close()

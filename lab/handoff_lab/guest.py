@@ -1,0 +1,293 @@
+"""The lab's guests: real ones, run by QEMU 10 without hardware help, through libvirt in slot a of a host."""
+
+import json
+import re
+import subprocess
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from xml.sax.saxutils import quoteattr
+
+from handoff_lab.errors import LabError
+from handoff_lab.fabric import TENANT_NET
+from handoff_lab.fleet import Fleet
+from handoff_lab.host import SLOTS, Host
+from handoff_lab.netns import NetNamespace
+from handoff_lab.parallel import in_parallel
+from handoff_lab.state import DiskRecord, GuestRecord, Lab
+
+FIRST_NUMBER, LAST_NUMBER = 10, 199
+CONTROL_PORT = 5000
+BOOT_DEADLINE_S = 120.0
+VIRSH_DEADLINE_S = 30.0
+DEFAULT_DISK = "size=1G,format=raw,place=shared"
+DEFAULT_NETWORK = "tenant"
+MACHINE = "pc-q35-10.0"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
+_PLACES = {"shared": "/srv/shared", "local": "/srv/vms"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """A guest as one libvirt daemon sees it. `state` is virsh's word: running, paused, "shut off"…"""
+
+    guest: str
+    host: str
+    slot: str
+    state: str
+
+
+def parse_disk(guest: str, index: int, text: str) -> DiskRecord:
+    """Reads "size=1G,format=raw|qcow2,place=shared|local", each part optional. Raises LabError for anything else."""
+    fields = dict(part.partition("=")[::2] for part in DEFAULT_DISK.split(","))
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        if key not in fields or not value:
+            raise LabError(f"--disk {text}: write it like {DEFAULT_DISK}, or `none`")
+        fields[key] = value
+    if fields["format"] not in ("raw", "qcow2") or fields["place"] not in _PLACES:
+        raise LabError(f"--disk {text}: format is raw or qcow2, place is shared or local")
+    if not re.fullmatch(r"[1-9]\d*[MGT]", fields["size"]):
+        raise LabError(f"--disk {text}: size is a number with M, G or T behind, such as 1G")
+    target = f"vd{chr(ord('a') + index)}"
+    path = f"{_PLACES[fields['place']]}/{guest}-{target}.{fields['format']}"
+    return DiskRecord(target, path, fields["format"], fields["size"], fields["place"])
+
+
+def console_log(guest: str) -> str:
+    """Where a guest's console is kept, seen from any host: both sides of a move append to it."""
+    return f"/srv/shared/{guest}.console"
+
+
+def domain_xml(guest: GuestRecord, lab: Lab) -> str:
+    """The guest's libvirt domain."""
+    disks = "".join(
+        f"""
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='{disk.format}' cache='none' discard='unmap'/>
+      <source file={quoteattr(disk.path)}/>
+      <target dev='{disk.target}' bus='virtio'/>
+    </disk>"""
+        for disk in guest.disks
+    )
+    interface = (
+        f"""
+    <interface type='bridge'>
+      <mac address='{guest.mac}'/>
+      <source bridge='br-int'/>
+      <virtualport type='openvswitch'/>
+      <model type='virtio'/>
+      <driver name='qemu'>
+        <host csum='off' gso='off' tso4='off' tso6='off' ecn='off' ufo='off' mrg_rxbuf='off'/>
+        <guest csum='off' tso4='off' tso6='off' ecn='off' ufo='off'/>
+      </driver>
+    </interface>"""
+        if guest.network != "none"
+        else ""
+    )
+    address = f"ip4={guest.ip}/24 " if guest.network != "none" else ""
+    return f"""<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+  <name>{guest.name}</name>
+  <uuid>{guest.uuid}</uuid>
+  <memory unit='MiB'>{guest.memory_mib}</memory>
+  <vcpu>{guest.vcpus}</vcpu>
+  <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
+  <os>
+    <type arch='x86_64' machine='{MACHINE}'>hvm</type>
+    <kernel>{lab.guest_kernel}</kernel>
+    <initrd>{lab.guest_initrd}</initrd>
+    <cmdline>console=ttyS0 quiet loglevel=3 panic=0 {address}hostname={guest.name}</cmdline>
+  </os>
+  <features><acpi/><apic/></features>
+  <cpu mode='custom' match='exact'><model>qemu64</model></cpu>
+  <on_crash>preserve</on_crash>
+  <devices>
+    <emulator>{lab.emulator}</emulator>{disks}{interface}
+    <serial type='pty'><log file='{console_log(guest.name)}' append='on'/></serial>
+    <console type='pty'><target type='serial'/></console>
+    <memballoon model='none'/>
+  </devices>
+  <qemu:commandline>
+    <qemu:arg value='-machine'/><qemu:arg value='aux-ram-share=on'/>
+  </qemu:commandline>
+</domain>
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Guests:
+    """Creates, finds and removes guests."""
+
+    fleet: Fleet
+
+    @property
+    def lab(self) -> Lab:
+        """The lab that they are in."""
+        return self.fleet.lab
+
+    def create(
+        self,
+        name: str,
+        host: str,
+        memory_mib: int = 256,
+        vcpus: int = 1,
+        disks: tuple[str, ...] = (DEFAULT_DISK,),
+        network: str = DEFAULT_NETWORK,
+        wait: bool = True,
+    ) -> GuestRecord:
+        """Creates a guest and starts it; with `wait`, returns when its control port answers.
+
+        `disks`: as parse_disk reads them; none at all for an empty tuple. `network`: tenant or none.
+        A guest of that name that exists is left as it is. Raises LabError when anything fails; nothing is left then.
+        """
+        where = self.fleet.host(host)
+        where.node.require_pid()
+        guest = self._admit(name, host, memory_mib, vcpus, disks, network)
+        if self.find(name):
+            return guest
+        try:
+            for disk in guest.disks:
+                where.node.run(["qemu-img", "create", "-q", "-f", disk.format, disk.path, disk.size])
+            definition = f"/run/{name}.xml"
+            (where.directory / f"run/{name}.xml").write_text(domain_xml(guest, self.lab))
+            virsh(where, "a", "define", definition)
+            virsh(where, "a", "start", name)
+        except LabError:
+            self.delete(name)
+            raise
+        if wait:
+            self.wait_ready(guest)
+        return guest
+
+    def _admit(
+        self, name: str, host: str, memory_mib: int, vcpus: int, disks: tuple[str, ...], network: str
+    ) -> GuestRecord:
+        if not _NAME.fullmatch(name):
+            raise LabError(f"{name!r} is no guest name: use small letters, digits and dashes")
+        if network not in ("tenant", "none"):
+            raise LabError(f"--network {network}: tenant or none")
+        with self.lab.locked():
+            existing = {guest.name: guest for guest in self.lab.guests()}
+            if name in existing:
+                return existing[name]
+            taken = {guest.number for guest in existing.values()}
+            number = next((n for n in range(FIRST_NUMBER, LAST_NUMBER + 1) if n not in taken), None)
+            if number is None:
+                raise LabError("every tenant address is taken: delete a guest first")
+            guest = GuestRecord(
+                name=name,
+                uuid=str(uuid.uuid4()),
+                number=number,
+                mac=f"52:54:00:30:00:{number:02x}",
+                ip=f"{TENANT_NET}.{number}",
+                memory_mib=memory_mib,
+                vcpus=vcpus,
+                home=host,
+                network=network,
+                disks=tuple(parse_disk(name, index, text) for index, text in enumerate(disks)),
+            )
+            self.lab.save_guest(guest)
+            return guest
+
+    def wait_ready(self, guest: GuestRecord, deadline_s: float = BOOT_DEADLINE_S) -> None:
+        """Waits until the guest's program answers; without a network, until its console says so. Raises LabError."""
+        until = time.monotonic() + deadline_s
+        log = self.lab.shared / Path(console_log(guest.name)).name
+        while time.monotonic() < until:
+            if guest.network == "none":
+                if log.exists() and b"HANDOFF-GUEST READY" in log.read_bytes():
+                    return
+            elif self._answers(guest):
+                return
+            time.sleep(0.05)
+        text = log.read_text(errors="replace")[-400:] if log.exists() else "no console"
+        raise LabError(f"{guest.name} did not answer within {deadline_s:g} s; its console: {text}")
+
+    def _answers(self, guest: GuestRecord) -> bool:
+        host = self.fleet.host(guest.home)
+        try:
+            with NetNamespace.of(host.node) as network, network.socket() as client:
+                client.settimeout(1)
+                client.connect((guest.ip, CONTROL_PORT))
+                client.sendall(b"uptime\n")
+                return b"monotonic_ns" in client.recv(200)
+        except OSError:
+            return False
+
+    def sightings(self) -> list[Sighting]:
+        """Every lab guest in every slot of every host that is up."""
+        hosts = [host for host in self.fleet.members(self.lab.require_config()) if isinstance(host, Host)]
+        known = {guest.name for guest in self.lab.guests()}
+        asked = [(host, slot) for host in hosts for slot in SLOTS if host.daemons()[f"libvirtd-{slot}"].ready()]
+        answers = in_parallel([lambda h=host, s=slot: _domains(h, s) for host, slot in asked])
+        return [seen for answer in answers for seen in answer if seen.guest in known]
+
+    def find(self, name: str) -> list[Sighting]:
+        """Where a guest is defined or runs."""
+        return [seen for seen in self.sightings() if seen.guest == name]
+
+    def running_on(self, name: str) -> Host:
+        """The host on which the guest runs (or is paused). Raises LabError when it runs nowhere, or twice."""
+        self.lab.guest(name)
+        active = [seen for seen in self.find(name) if seen.state not in ("shut off", "crashed")]
+        if len(active) != 1:
+            where = ", ".join(f"{seen.host}/{seen.slot} {seen.state}" for seen in active) or "nowhere"
+            raise LabError(f"{name} is active in {where}")
+        return self.fleet.host(active[0].host)
+
+    def delete(self, name: str) -> None:
+        """Ends a guest wherever it is, and removes its disks and its record. Nothing happens when there is none."""
+        for seen in self.find(name):
+            host = self.fleet.host(seen.host)
+            if seen.state != "shut off":
+                virsh(host, seen.slot, "destroy", name, check=False)
+            virsh(host, seen.slot, "undefine", name, check=False)
+        hosts = [host for host in self.fleet.members(self.lab.require_config()) if isinstance(host, Host)]
+        for directory in (self.lab.shared, *(host.directory / "vms" for host in hosts)):
+            for pattern in (f"{name}-vd?.*", f"{name}.console"):
+                for path in directory.glob(pattern):
+                    path.unlink()
+        self.lab.forget_guest(name)
+
+    def qemu_pid(self, name: str) -> int:
+        """The pid here of the guest's QEMU. Raises LabError when it does not run."""
+        for seen in self.find(name):
+            if seen.state in ("shut off", "crashed"):
+                continue
+            host = self.fleet.host(seen.host)
+            own = "run/libvirt/qemu" if False else f"run/handoff/slots/{seen.slot}/qemu"
+            pid = host.node.find(int((host.directory / own / f"{name}.pid").read_text()))
+            if pid is not None:
+                return pid
+        raise LabError(f"{name} does not run")
+
+
+def virsh(host: Host, slot: str, *arguments: str, check: bool = True) -> str:
+    """Runs virsh inside of a host, against one of its slots, and returns what it says. Raises LabError."""
+    uri = f"qemu+unix:///system?socket=/run/handoff/slots/{slot}/libvirt-sock"
+    done = host.node.run(["virsh", "-q", "-c", uri, *arguments], deadline_s=VIRSH_DEADLINE_S, check=check)
+    return done.stdout
+
+
+def _domains(host: Host, slot: str) -> list[Sighting]:
+    """All domains of a slot; none when its libvirt does not answer."""
+    try:
+        lines = virsh(host, slot, "list", "--all").splitlines()
+    except (LabError, subprocess.SubprocessError):
+        return []
+    rows = [line.split(None, 2) for line in lines if line.strip()]
+    return [Sighting(row[1], host.name, slot, row[2].strip()) for row in rows if len(row) == 3]
+
+
+def as_json(guest: GuestRecord, seen: list[Sighting]) -> dict[str, object]:
+    """A guest for `-o json`."""
+    active = [s for s in seen if s.state not in ("shut off", "crashed")]
+    record = json.loads(json.dumps(guest, default=lambda value: {f: getattr(value, f) for f in value.__slots__}))
+    return {
+        **record,
+        "host": active[0].host if active else None,
+        "slot": active[0].slot if active else None,
+        "state": active[0].state if active else (seen[0].state if seen else "lost"),
+        "seen": [{"host": s.host, "slot": s.slot, "state": s.state} for s in seen],
+    }

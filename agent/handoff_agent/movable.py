@@ -26,6 +26,8 @@ class SourceFacts:
     checkpoints: int = 0
     blocked_reasons: tuple[str, ...] = ()
     """QEMU's own: `blocked-reasons` of query-migrate."""
+    plain_xml: str = ""
+    """XMLDesc(0), which tells of backing chains and mirrors; the migratable XML does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,9 @@ class Obstacle:
 def obstacles(guest: types.Domain, live_xml: str, facts: SourceFacts, *, is_shared: IsShared) -> tuple[str, ...]:
     """Every reason why the guest can't leave now; empty when it can. Raises InvalidArgumentError for broken XML.
 
-    `live_xml` is the plain live XML (XMLDesc(0)): the migratable one lacks backing chains.
+    `live_xml` is looked at only where `facts` have no plain XML.
     """
-    root = parse_domain(live_xml)
+    root = parse_domain(facts.plain_xml or live_xml)
     found = [
         *_state_obstacles(guest, facts),
         *_disk_obstacles(root, is_shared),

@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Final
 
 import libvirt
@@ -50,13 +51,14 @@ class Survey:
                 block_jobs=tuple(target for target in targets if is_active and domain.blockJobInfo(target)),
                 snapshots=domain.snapshotNum(),
                 checkpoints=len(domain.listAllCheckpoints()),
+                plain_xml=domain.XMLDesc(0),
             )
 
         facts = await slot.on_domain(guest.uuid, read)
         if not is_active:
             return facts
         migration = await Monitor(slot, guest.uuid).query_migrate()
-        return SourceFacts(facts.block_jobs, facts.snapshots, facts.checkpoints, migration.blocked_reasons)
+        return replace(facts, blocked_reasons=migration.blocked_reasons)
 
     async def host_facts(self, guest: types.Domain, slot_name: str) -> HostFacts:
         """What `destination_obstacles` needs to know of this host for a guest from elsewhere.

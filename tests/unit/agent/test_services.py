@@ -230,7 +230,7 @@ async def test_inventory(agent: Agent, guest: SimpleNamespace) -> None:
 async def test_source_survey(agent: Agent, guest: SimpleNamespace, tmp_path: Path) -> None:
     domain = await agent.inventory.domain(guest.uuid)
     facts = await agent.survey.source_facts(domain)
-    assert facts == SourceFacts()
+    assert facts == SourceFacts(plain_xml=guest.domain.XMLDesc(0))
     is_shared = shared_storage(agent.settings.shared_paths)
     xml = guest.domain.XMLDesc(0)
     (reason,) = obstacles(domain, xml, facts, is_shared=is_shared)
@@ -261,7 +261,9 @@ async def test_backing_chain_is_in_the_live_xml(
     try:
         found = await agent.inventory.domain(domain.UUIDString())
         is_shared = shared_storage(agent.settings.shared_paths)
-        (reason,) = obstacles(found, domain.XMLDesc(0), SourceFacts(), is_shared=is_shared)
+        migratable = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)
+        facts = await agent.survey.source_facts(found)
+        (reason,) = obstacles(found, migratable, facts, is_shared=is_shared)
         assert f"disk vda is backed by {guest.local} on this host alone" in reason
     finally:
         domain.destroy()

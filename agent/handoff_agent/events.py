@@ -89,6 +89,13 @@ class Subscription:
         """Waits for the next event."""
         return await self._queue.get()
 
+    async def next_within(self, timeout_s: float) -> Event | None:
+        """Returns the next event, or None when none came in time; one that waits already is returned at once."""
+        if self._queue.empty() and timeout_s > 0:
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(self._queue.get(), timeout_s)
+        return None if self._queue.empty() else self._queue.get_nowait()
+
     def __aiter__(self) -> "Subscription":
         return self
 

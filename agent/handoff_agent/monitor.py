@@ -112,12 +112,14 @@ class Monitor:
         self.uuid = uuid
 
     async def execute(
-        self, command: str, /, *, timeout_s: float = CALL_TIMEOUT_S, urgent: bool = False, **arguments: Json
+        self,
+        command: str,
+        arguments: Mapping[str, Json] | None = None,
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+        urgent: bool = False,
     ) -> Json:
-        """Runs a command ("_" in argument names stands for QMP's "-") and returns its result.
-
-        Raises QmpError when QEMU refuses, and as Slot.call does.
-        """
+        """Runs a command and returns its result. Raises QmpError when QEMU refuses, and as Slot.call does."""
         text = _encode(command, arguments)
         reply = await self.slot.on_domain(
             self.uuid,
@@ -128,7 +130,12 @@ class Monitor:
         return _decode(command, reply)
 
     async def execute_with_fd(
-        self, command: str, fd: int, /, *, timeout_s: float = CALL_TIMEOUT_S, **arguments: Json
+        self,
+        command: str,
+        arguments: Mapping[str, Json],
+        fd: int,
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
     ) -> Json:
         """Runs a command that takes a file descriptor with it (`getfd`, `add-fd`); `fd` stays the caller's."""
         text = _encode(command, arguments)
@@ -158,16 +165,14 @@ class Monitor:
 
     async def set_capabilities(self, capabilities: Mapping[str, bool]) -> None:
         """Switches migration capabilities; those not named stay as they are."""
-        await self.execute(
-            "migrate-set-capabilities",
-            capabilities=[{"capability": name, "state": state} for name, state in capabilities.items()],
-        )
+        states: list[Json] = [{"capability": name, "state": state} for name, state in capabilities.items()]
+        await self.execute("migrate-set-capabilities", {"capabilities": states})
 
 
-def _encode(command: str, arguments: Mapping[str, Json]) -> str:
+def _encode(command: str, arguments: Mapping[str, Json] | None) -> str:
     message: dict[str, Json] = {"execute": command}
     if arguments:
-        message["arguments"] = {name.replace("_", "-"): value for name, value in arguments.items()}
+        message["arguments"] = arguments
     return json.dumps(message)
 
 

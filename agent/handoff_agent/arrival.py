@@ -1,0 +1,53 @@
+"""What is looked at before a guest may come to this host, and the XML that it comes with."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from handoff.agent.v1 import qemu_pb2 as pb
+from handoff_agent.domain_xml import XmlChanges, destination_xml, persistent_xml
+from handoff_agent.emulators import Emulators
+from handoff_agent.movable import destination_obstacles, refusal
+from handoff_agent.survey import Survey
+from handoff_common.errors import InvalidArgumentError, PreconditionError
+
+DEFAULT_SLOT: Final = "a"
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A guest that can come."""
+
+    create_xml: str
+    persistent_xml: str
+    """Empty for a transient guest."""
+
+
+class Arrivals:
+    """Judges guests from elsewhere and makes their XML ours."""
+
+    def __init__(self, survey: Survey, emulators: Emulators, display_address: str) -> None:
+        """`display_address`: where displays listen that listened on one address of the source."""
+        self._survey = survey
+        self._emulators = emulators
+        self._display_address = display_address
+
+    async def examine(self, guest: pb.SourceGuest, slot: str) -> Arrival:
+        """The guest's XML for here.
+
+        Raises PreconditionError or ExhaustedError with every reason why it can't come, and as Survey.host_facts does.
+        """
+        domain = guest.domain
+        if not guest.live_xml or not domain.uuid:
+            raise InvalidArgumentError("guest: its live XML and UUID are needed, as PrepareSource returned them")
+        facts = await self._survey.host_facts(domain, slot)
+        refused = refusal(destination_obstacles(domain, facts))
+        if refused is not None:
+            raise refused
+        build = self._emulators.choose(release=domain.qemu_release, path=domain.emulator)
+        if build is None:
+            raise PreconditionError(f"no QEMU {domain.qemu_release} on host {facts.name} for guest {domain.name}")
+        changes = XmlChanges(
+            emulator=build.path, source_emulator=domain.emulator, graphics_address=self._display_address
+        )
+        persistent = persistent_xml(guest.persistent_xml, changes) if guest.persistent_xml else ""
+        return Arrival(destination_xml(guest.live_xml, changes), persistent)

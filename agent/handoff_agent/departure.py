@@ -1,0 +1,57 @@
+"""What is looked at before a guest may leave this host."""
+
+import libvirt
+
+from handoff.agent.v1 import qemu_pb2 as pb
+from handoff.agent.v1 import types_pb2 as types
+from handoff_agent.inventory import Inventory
+from handoff_agent.movable import obstacles
+from handoff_agent.shared_storage import shared_storage
+from handoff_agent.slots import Hypervisor
+from handoff_agent.survey import Survey
+from handoff_common.errors import PreconditionError
+
+_LIVE_FLAGS = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
+_PERSISTENT_FLAGS = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_INACTIVE
+
+
+class Departures:
+    """Reads guests and judges whether they can leave."""
+
+    def __init__(
+        self, hypervisor: Hypervisor, inventory: Inventory, survey: Survey, shared_paths: tuple[str, ...]
+    ) -> None:
+        self._hypervisor = hypervisor
+        self._inventory = inventory
+        self._survey = survey
+        self._shared_paths = shared_paths
+
+    async def read(self, uuid: str) -> pb.SourceGuest:
+        """The guest as the destination must know it, whatever its state. Raises as Hypervisor.find does."""
+        domain = await self._inventory.domain(uuid)
+        slot = self._hypervisor.slot(domain.slot)
+
+        def read_xml(handle: libvirt.virDomain) -> tuple[str, str]:
+            persistent = handle.XMLDesc(_PERSISTENT_FLAGS) if handle.isPersistent() else ""
+            return handle.XMLDesc(_LIVE_FLAGS), persistent
+
+        live_xml, persistent_xml = await slot.on_domain(uuid, read_xml)
+        return pb.SourceGuest(
+            domain=domain, live_xml=live_xml, persistent_xml=persistent_xml, autostart=domain.autostart
+        )
+
+    async def examine(self, uuid: str) -> pb.SourceGuest:
+        """The guest, if it can leave. Raises PreconditionError with every reason why it can't, NotFoundError."""
+        guest = await self.read(uuid)
+        facts = await self._survey.source_facts(guest.domain)
+        found = list(obstacles(guest.domain, guest.live_xml, facts, is_shared=shared_storage(self._shared_paths)))
+        if guest.domain.state in (types.DOMAIN_STATE_RUNNING, types.DOMAIN_STATE_PAUSED):
+            slot = self._hypervisor.slot(guest.domain.slot)
+            job = await slot.on_domain(uuid, lambda domain: domain.jobInfo()[0])
+            if job != libvirt.VIR_DOMAIN_JOB_NONE:
+                found.append(
+                    f"guest {guest.domain.name}: libvirt has a job on it (virsh domjobinfo); wait until it ends"
+                )
+        if found:
+            raise PreconditionError("; ".join(found))
+        return guest

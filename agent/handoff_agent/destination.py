@@ -1,0 +1,242 @@
+"""The destination's side of a handoff: a domain that waits for its state, runs when told to, and then stays.
+
+PrepareDestination    createXML, paused, -incoming defer; migrate-incoming          PREPARED
+                      (QEMU loads what the source sends: [inmigrate], then [paused])
+Activate              "activating" on disk; resume; RESUME event                    ACTIVE
+FinalizeDestination   define, autostart                                             FINALIZED
+"""
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import libvirt
+
+from handoff_agent.domains import end_domain, is_active
+from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
+from handoff_agent.handoff import Handoff, Notify, Save
+from handoff_agent.ledger import Record
+from handoff_agent.monitor import Monitor
+from handoff_agent.rules import ABORTED, ACTIVE, FAILED, FINALIZED, PREPARED, Call
+from handoff_agent.slots import Slot
+from handoff_common.errors import DeadlineError, ExhaustedError, HandoffError
+
+# Starting a QEMU takes 0.4 to 0.9 s; on a machine that pages, much longer.
+CREATE_TIMEOUT_S: Final = 30.0
+ACTIVATE_TIMEOUT_S: Final = 5.0
+ACTIVATE_RETRY_S: Final = 0.1
+WATCH_RETRY_S: Final = 1.0
+
+_CAPABILITIES: Final = {"return-path": True, "events": True}
+_NOT_RUN_STATUSES: Final = ("inmigrate", "paused", "prelaunch")
+_ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Where migration streams come in on this host."""
+
+    address: str
+    first_port: int
+    last_port: int
+
+
+class DestinationHandoff(Handoff):
+    """One guest that comes."""
+
+    def __init__(self, record: Record, save: Save, notify: Notify, slot: Slot) -> None:
+        super().__init__(record, save, notify)
+        self._slot = slot
+        self._monitor = Monitor(slot, record.domain_uuid)
+        self._guard: asyncio.Task[None] | None = None
+
+    # The leader's calls. Each holds the lock, and is repeatable.
+
+    async def create(self, xml: str, listener: Listener) -> None:
+        """Creates the domain and listens; PREPARED on return. On any failure nothing is left behind.
+
+        Raises ExhaustedError when no port is free, DeadlineError, UnavailableError, or what libvirt or QEMU refuse.
+        """
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(self._undo_create)
+            await self._slot.call(
+                lambda connection: connection.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED), CREATE_TIMEOUT_S
+            )
+            await self._monitor.set_capabilities(_CAPABILITIES)
+            port = await self._listen(listener)
+            await self.change(state=PREPARED, listen_uri=f"tcp:{_bracketed(listener.address)}:{port}")
+            undo.pop_all()
+        self.watch()
+
+    async def activate(self) -> None:
+        """Runs the guest; ACTIVE on return, or FAILED."""
+        arrived = time.monotonic()
+        async with self.lock:
+            if not self.permits(Call.ACTIVATE):
+                return
+            if not self.record.was_running:
+                await self.change(state=ACTIVE)
+                return
+            # From here on only QEMU's own word, or the domain's end, can tell that it never ran.
+            await self.change(activating=True)
+            with self._slot.events(self.record.domain_uuid) as events:
+                try:
+                    ran = await self._run(events, arrived + ACTIVATE_TIMEOUT_S)
+                except HandoffError as error:
+                    await self._give_up(events, error.message)
+                    return
+            await self.change(
+                state=ACTIVE,
+                running_s=ran.time_s,
+                call_to_running_ms=1000 * (ran.monotonic_s - arrived),
+            )
+            self._stop_watching()
+        with contextlib.suppress(HandoffError):
+            await self._monitor.execute("announce-self", _ANNOUNCE)
+
+    async def finalize(self) -> None:
+        """Makes the definition persistent, with its autostart. Raises as Slot.call does; may be repeated."""
+        async with self.lock:
+            if not self.permits(Call.FINALIZE):
+                return
+            xml, autostart = self.record.persistent_xml, self.record.autostart
+
+            def define(connection: libvirt.virConnect) -> None:
+                domain = connection.defineXML(xml)
+                domain.setAutostart(int(autostart))
+
+            if xml:
+                await self._slot.call(define)
+            await self.change(state=FINALIZED)
+
+    async def abort(self, reason: str) -> None:
+        """Destroys the domain. Raises as end_domain does."""
+        async with self.lock:
+            if not self.permits(Call.ABORT):
+                return
+            self._stop_watching()
+            await self._destroy()
+            await self.change(state=ABORTED, message=reason, never_ran=not self.record.activating)
+
+    def watch(self) -> None:
+        """Notices when the incoming domain goes away before it was activated; also after a restart of the agent."""
+        if self.state == PREPARED:
+            self._guard = asyncio.create_task(self._watch(), name=f"destination-{self.record.migration_id}")
+
+    async def detach(self) -> None:
+        """Ends the agent's work on it, for the agent's own end. The domain stays as it is."""
+        self._stop_watching()
+
+    # Effects.
+
+    async def _listen(self, listener: Listener) -> int:
+        """Lets QEMU listen on the first free port, and returns it."""
+        uri = f"tcp:{_bracketed(listener.address)}:{listener.first_port},to={listener.last_port}"
+        await self._monitor.execute("migrate-incoming", {"uri": uri})
+        ports = (await self._monitor.query_migrate()).ports
+        if not ports:
+            raise ExhaustedError(
+                f"QEMU does not listen on {listener.address}, ports {listener.first_port} to {listener.last_port}"
+            )
+        return ports[0]
+
+    async def _run(self, events: Subscription, deadline: float) -> MonitorEvent:
+        """Resumes the guest until QEMU reports that it runs. Raises what the last attempt raised, or DeadlineError."""
+        while True:
+            failure: HandoffError = DeadlineError(
+                f"guest {self.record.domain_name}: QEMU did not run it within {ACTIVATE_TIMEOUT_S:g} s"
+            )
+            try:
+                await self._slot.on_domain(
+                    self.record.domain_uuid,
+                    lambda domain: domain.resume(),
+                    max(ACTIVATE_RETRY_S, deadline - time.monotonic()),
+                    urgent=True,
+                )
+            except HandoffError as error:
+                failure = error
+            wait_s = deadline - time.monotonic() if isinstance(failure, DeadlineError) else ACTIVATE_RETRY_S
+            if (event := await _resumed(events, wait_s)) is not None:
+                return event
+            gone = not await is_active(self._slot, self.record.domain_uuid)
+            if gone or time.monotonic() > deadline:
+                raise failure
+
+    async def _give_up(self, events: Subscription, reason: str) -> None:
+        """FAILED, with the truth about whether the guest can have run."""
+        never_ran = False
+        with contextlib.suppress(HandoffError):
+            status = await self._monitor.query_status(urgent=True)
+            # The subscription began before the first attempt: no RESUME in it and not run now is never run.
+            never_ran = status in _NOT_RUN_STATUSES and await _resumed(events, 0.0) is None
+        await self.change(state=FAILED, message=f"the guest could not be run: {reason}", never_ran=never_ran)
+
+    async def _watch(self) -> None:
+        with self._slot.events(self.record.domain_uuid) as events:
+            timeout_s = 0.0
+            while self.state == PREPARED:
+                if not self.record.listen_uri:
+                    await self._remove_unfinished()
+                    continue
+                event = await events.next_within(timeout_s)
+                timeout_s = WATCH_RETRY_S
+                if event is None or isinstance(event, ConnectionEvent) or _is_end(event):
+                    try:
+                        active = await is_active(self._slot, self.record.domain_uuid)
+                    except HandoffError:
+                        continue
+                    if not active and not self.record.activating:
+                        await self.change(
+                            state=FAILED,
+                            message=f"guest {self.record.domain_name}: its QEMU at the destination ended",
+                            never_ran=True,
+                        )
+                    timeout_s = 60.0
+
+    async def _remove_unfinished(self) -> None:
+        """Removes the domain that an agent was creating when it died."""
+        try:
+            await self._destroy()
+        except HandoffError:
+            await self._slot.wait_connected(60.0)
+        else:
+            await self.change(state=FAILED, message="the agent was restarted while it prepared", never_ran=True)
+
+    def _stop_watching(self) -> None:
+        if self._guard is not None:
+            self._guard.cancel()
+            self._guard = None
+
+    async def _destroy(self) -> None:
+        await end_domain(self._slot, self.record.domain_uuid)
+        self._slot.forget(self.record.domain_uuid)
+
+    async def _undo_create(self) -> None:
+        try:
+            await self._destroy()
+        except HandoffError as error:
+            self.log.error("the incoming domain may be left; destroy it", error=error.message)
+
+
+async def _resumed(events: Subscription, wait_s: float) -> MonitorEvent | None:
+    """The RESUME event, if it has come or comes in time."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        event = await events.next_within(max(0.0, deadline - time.monotonic()))
+        match event:
+            case None | ConnectionEvent():
+                return None
+            case MonitorEvent(event="RESUME"):
+                return event
+            case _ if _is_end(event):
+                return None
+
+
+def _is_end(event: Event) -> bool:
+    return isinstance(event, LifecycleEvent) and event.kind in ("stopped", "crashed")
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address

@@ -1,0 +1,59 @@
+"""What both sides of a handoff do with a domain: look at it, run it, end it."""
+
+import contextlib
+from typing import Final
+
+import libvirt
+
+from handoff_agent.monitor import Monitor
+from handoff_agent.slots import LibvirtFailure, Slot
+from handoff_common.errors import HandoffError, NotFoundError, PreconditionError
+
+QUIT_TIMEOUT_S: Final = 1.0
+END_TIMEOUT_S: Final = 20.0
+
+_UNDEFINE_FLAGS: Final = (
+    libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
+    | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_TPM
+    | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+    | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+    | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+)
+
+
+async def is_active(slot: Slot, uuid: str) -> bool:
+    """The domain has a QEMU. Raises UnavailableError or DeadlineError when libvirtd can't tell."""
+    try:
+        return bool(await slot.on_domain(uuid, lambda domain: domain.isActive(), urgent=True))
+    except NotFoundError:
+        return False
+
+
+async def end_domain(slot: Slot, uuid: str) -> None:
+    """Ends the domain's QEMU, at once, without asking the guest; does nothing when there is none.
+
+    QEMU is told to quit first: libvirt's destroy sends a signal and looks again only after 200 ms. Raises
+    UnavailableError or DeadlineError when libvirtd does not answer; LibvirtFailure when QEMU can't be killed.
+    """
+    with contextlib.suppress(HandoffError):
+        await Monitor(slot, uuid).execute("quit", timeout_s=QUIT_TIMEOUT_S, urgent=True)
+    try:
+        await slot.on_domain(uuid, lambda domain: domain.destroy(), END_TIMEOUT_S, urgent=True)
+    except (NotFoundError, PreconditionError):
+        return
+    except LibvirtFailure:
+        # libvirt gives up on a process in uninterruptible sleep, and may lose the race with QEMU's own end.
+        if await is_active(slot, uuid):
+            raise
+
+
+async def undefine(slot: Slot, uuid: str) -> None:
+    """Removes the definition, if there is one; NVRAM and TPM state stay where they are. Raises as Slot.call does."""
+    with contextlib.suppress(NotFoundError):
+        await slot.on_domain(uuid, _undefine_persistent)
+    slot.forget(uuid)
+
+
+def _undefine_persistent(domain: libvirt.virDomain) -> None:
+    if domain.isPersistent():
+        domain.undefineFlags(_UNDEFINE_FLAGS)

@@ -1,0 +1,125 @@
+"""One side of a handoff as the registry, the service and its watchers see it, whichever role."""
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypedDict, Unpack
+
+import structlog
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from handoff.agent.v1 import qemu_pb2 as pb
+from handoff_agent.ledger import Record
+from handoff_agent.rules import Answer, Call, State, judge, state_name
+from handoff_common.errors import PreconditionError
+
+log = structlog.get_logger()
+
+Save = Callable[[Record], Awaitable[None]]
+"""Puts a record on disk."""
+Notify = Callable[[str], None]
+"""Told the migration's id at each change of state."""
+
+
+class Changes(TypedDict, total=False):
+    """What of a record can change."""
+
+    state: State
+    message: str
+    autostart: bool
+    bandwidth_bytes_per_s: int
+    downtime_limit_ms: int
+    switch_deadline_s: float
+    started_s: float
+    paused_s: float
+    paused_to_held_ms: float
+    qemu_downtime_ms: int
+    listen_uri: str
+    activating: bool
+    never_ran: bool
+    running_s: float
+    call_to_running_ms: float
+
+
+class Handoff:
+    """A record with its watchers. Calls of the leader hold `lock`, one at a time."""
+
+    def __init__(self, record: Record, save: Save, notify: Notify) -> None:
+        self.record = record
+        self.lock = asyncio.Lock()
+        self.progress: pb.TransferProgress | None = None
+        self._save = save
+        self._notify = notify
+        self._changed = asyncio.Event()
+        self.log = log.bind(migration=record.migration_id, guest=record.domain_name, slot=record.slot)
+
+    @property
+    def state(self) -> State:
+        """How far it is."""
+        return self.record.state
+
+    def permits(self, call: Call) -> bool:
+        """True: carry the call out. False: it was; answer with the handoff. Raises PreconditionError otherwise."""
+        verdict = judge(call, self.record.role, self.record.state)
+        if verdict.answer is Answer.REFUSE:
+            raise PreconditionError(f"handoff {self.record.migration_id}: {verdict.message}")
+        return verdict.answer is Answer.PROCEED
+
+    async def change(self, **changes: Unpack[Changes]) -> None:
+        """Changes the record: watchers hear of it at once, and it is on disk on return."""
+        before = self.record.state
+        self.record = dataclasses.replace(self.record, changed_s=time.time(), **changes)
+        if self.record.state != before:
+            self.log.info(
+                "handoff", state=state_name(self.record.state), before=state_name(before), message=self.record.message
+            )
+            self._wake()
+        await self._save(self.record)
+
+    def next_change(self) -> asyncio.Event:
+        """Is set at the next change of state. Take it before you read the handoff, and nothing is missed."""
+        return self._changed
+
+    def _wake(self) -> None:
+        waiting, self._changed = self._changed, asyncio.Event()
+        waiting.set()
+        self._notify(self.record.migration_id)
+
+    def to_message(self) -> pb.Handoff:
+        """The handoff as the API shows it."""
+        record = self.record
+        message = pb.Handoff(
+            migration_id=record.migration_id,
+            role=record.role,
+            state=record.state,
+            domain_uuid=record.domain_uuid,
+            domain_name=record.domain_name,
+            slot=record.slot,
+            listen_uri=record.listen_uri,
+            progress=self.progress,
+            message=record.message,
+            never_ran=record.never_ran,
+            was_running=record.was_running,
+        )
+        if record.paused_s:
+            message.switch_timings.CopyFrom(
+                pb.SwitchTimings(
+                    paused_time=timestamp(record.paused_s),
+                    paused_to_held_ms=record.paused_to_held_ms,
+                    qemu_downtime_ms=record.qemu_downtime_ms,
+                )
+            )
+        if record.running_s:
+            message.activate_timings.CopyFrom(
+                pb.ActivateTimings(
+                    call_to_running_ms=record.call_to_running_ms, running_time=timestamp(record.running_s)
+                )
+            )
+        return message
+
+
+def timestamp(seconds: float) -> Timestamp:
+    """Seconds since the epoch as protobuf's Timestamp."""
+    whole = int(seconds)
+    return Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))

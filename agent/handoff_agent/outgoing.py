@@ -1,0 +1,94 @@
+"""QEMU's side of sending a guest, over QMP. Mechanism only; when to do what is for source.py.
+
+QEMU decides by itself to pause the guest when what is left fits threshold = bandwidth x downtime-limit, or is nothing.
+While copying the threshold is as small as it goes, but never 0: then QEMU (10.0) does not look for dirty pages again
+after the first pass, and pauses the guest with all of them still to send.
+"""
+
+from typing import Final
+
+from handoff_agent.monitor import Json, MigrationInfo, Monitor
+
+UNLIMITED_BYTES_PER_S: Final = 1 << 50
+# QEMU sends one page in each of its windows of 100 ms at this rate.
+HOLDING_BYTES_PER_S: Final = 10
+COPYING_DOWNTIME_MS: Final = 1
+# Together with COPYING_DOWNTIME_MS a threshold of one byte (QEMU 8.2 and later).
+COPYING_SWITCHOVER_BYTES_PER_S: Final = 1000
+
+_FD_NAME: Final = "handoff"
+_CAPABILITIES: Final = {
+    "return-path": True,
+    "pause-before-switchover": True,
+    "auto-converge": True,
+    "events": True,
+}
+# libvirt switches "events" on for its own use.
+_CAPABILITIES_AFTERWARDS: Final = {"return-path": False, "pause-before-switchover": False, "auto-converge": False}
+_THROTTLE: Final[dict[str, Json]] = {"cpu-throttle-initial": 80, "cpu-throttle-increment": 10}
+# QEMU's defaults.
+_PARAMETERS_AFTERWARDS: Final[dict[str, Json]] = {
+    "cpu-throttle-initial": 20,
+    "cpu-throttle-increment": 10,
+    "max-bandwidth": 128 << 20,
+    "downtime-limit": 300,
+}
+_SWITCHOVER_BANDWIDTH: Final = "avail-switchover-bandwidth"
+
+
+class OutgoingMigration:
+    """The migration that one QEMU sends. All methods raise as Monitor.execute does."""
+
+    def __init__(self, monitor: Monitor, bandwidth_bytes_per_s: int) -> None:
+        """0 bytes per second: as fast as it goes."""
+        self._monitor = monitor
+        self._bandwidth = bandwidth_bytes_per_s or UNLIMITED_BYTES_PER_S
+        self._has_switchover_bandwidth: bool | None = None
+
+    async def begin(self, fd: int) -> None:
+        """Starts to send over the connected socket `fd`, of which QEMU gets a copy."""
+        await self._monitor.set_capabilities(_CAPABILITIES)
+        await self._set(
+            {"max-bandwidth": self._bandwidth, "downtime-limit": COPYING_DOWNTIME_MS} | _THROTTLE,
+            switchover_bytes_per_s=COPYING_SWITCHOVER_BYTES_PER_S,
+        )
+        await self._monitor.execute_with_fd("getfd", {"fdname": _FD_NAME}, fd)
+        await self._monitor.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
+
+    async def hold(self) -> None:
+        """Slows the copy to one page in 100 ms, so that the present pass does not end."""
+        await self._monitor.execute("migrate-set-parameters", {"max-bandwidth": HOLDING_BYTES_PER_S}, urgent=True)
+
+    async def go_on(self) -> None:
+        """Copies at full speed; QEMU pauses the guest when a pass finds nothing dirty."""
+        await self._monitor.execute("migrate-set-parameters", {"max-bandwidth": self._bandwidth}, urgent=True)
+
+    async def allow_pause(self, downtime_ms: int, rate_bytes_per_s: float) -> None:
+        """Lets QEMU pause the guest as soon as what is left can be sent in `downtime_ms` at the measured rate."""
+        await self._set({"downtime-limit": downtime_ms}, switchover_bytes_per_s=int(rate_bytes_per_s))
+
+    async def switch(self) -> None:
+        """Lets QEMU send the rest, after it has paused the guest."""
+        await self._monitor.execute("migrate-continue", {"state": "pre-switchover"}, urgent=True)
+
+    async def cancel(self, timeout_s: float) -> None:
+        """Asks QEMU to give the migration up; a guest that QEMU has paused for it runs on. Returns before the end."""
+        await self._monitor.execute("migrate_cancel", timeout_s=timeout_s, urgent=True)
+
+    async def query(self) -> MigrationInfo:
+        """Reads how far it is."""
+        return await self._monitor.query_migrate(urgent=True)
+
+    async def tidy(self) -> None:
+        """Gives QEMU its defaults back, for whoever migrates this guest next."""
+        await self._monitor.set_capabilities(_CAPABILITIES_AFTERWARDS)
+        await self._set(_PARAMETERS_AFTERWARDS, switchover_bytes_per_s=0)
+
+    async def _set(self, parameters: dict[str, Json], *, switchover_bytes_per_s: int) -> None:
+        if self._has_switchover_bandwidth is None:
+            known = await self._monitor.execute("query-migrate-parameters")
+            assert isinstance(known, dict)
+            self._has_switchover_bandwidth = _SWITCHOVER_BANDWIDTH in known
+        if self._has_switchover_bandwidth:
+            parameters = parameters | {_SWITCHOVER_BANDWIDTH: switchover_bytes_per_s}
+        await self._monitor.execute("migrate-set-parameters", parameters, urgent=True)

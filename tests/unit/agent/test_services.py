@@ -174,8 +174,8 @@ async def test_events(agent: Agent, guest: SimpleNamespace) -> None:
     await until("suspended")
     await asyncio.to_thread(guest.domain.destroy)
     await until("stopped")
-    states.pop("shutdown", None)  # QEMU says so when it gets SIGTERM in time
-    assert states == {
+    # Others may come too: "started" may be late, and QEMU says "shutdown" when it gets its SIGTERM in time.
+    assert {kind: states[kind] for kind in ("resumed", "suspended", "stopped")} == {
         "resumed": types.DOMAIN_STATE_RUNNING,
         "suspended": types.DOMAIN_STATE_PAUSED,
         "stopped": types.DOMAIN_STATE_SHUT_OFF,

@@ -1,6 +1,7 @@
 """The network between nodes: two bridges in a namespace of their own, and a cable to each node.
 
-Management is 10.10.0.0/24. The overlay link, 10.20.0.0/24, carries VXLAN and migration streams; its rate can be set.
+Management is 10.10.0.0/24. The overlay link carries migration streams, 10.20.0.0/24, and VXLAN, 10.21.0.0/24; its rate
+can be set.
 """
 
 import json
@@ -13,6 +14,7 @@ from handoff_lab.state import Lab
 
 MANAGEMENT_NET = "10.10.0"
 OVERLAY_NET = "10.20.0"
+TUNNEL_NET = "10.21.0"
 TENANT_NET = "10.30.0"
 OVERLAY_MTU = 1600
 UNLIMITED = "none"

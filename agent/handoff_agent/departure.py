@@ -44,7 +44,7 @@ class Departures:
         """The guest, if it can leave. Raises PreconditionError with every reason why it can't, NotFoundError."""
         guest = await self.read(uuid)
         facts = await self._survey.source_facts(guest.domain)
-        found = list(obstacles(guest.domain, guest.live_xml, facts, is_shared=shared_storage(self._shared_paths)))
+        found = list(obstacles(guest.domain, facts, is_shared=shared_storage(self._shared_paths)))
         if guest.domain.state in (types.DOMAIN_STATE_RUNNING, types.DOMAIN_STATE_PAUSED):
             slot = self._hypervisor.slot(guest.domain.slot)
             job = await slot.on_domain(uuid, lambda domain: domain.jobInfo()[0])

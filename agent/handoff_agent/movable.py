@@ -18,16 +18,16 @@ from handoff_common.errors import ExhaustedError, HandoffError, PreconditionErro
 
 @dataclass(frozen=True, slots=True)
 class SourceFacts:
-    """What the XML does not tell of a guest at the source."""
+    """What the API's Domain does not tell of a guest at the source."""
 
+    live_xml: str
+    """XMLDesc(0). Not the migratable XML: that one has no backing chains and no mirrors."""
     block_jobs: tuple[str, ...] = ()
     """Targets of disks that have a block job."""
     snapshots: int = 0
     checkpoints: int = 0
     blocked_reasons: tuple[str, ...] = ()
     """QEMU's own: `blocked-reasons` of query-migrate."""
-    plain_xml: str = ""
-    """XMLDesc(0), which tells of backing chains and mirrors; the migratable XML does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,9 @@ class Obstacle:
     message: str
 
 
-def obstacles(guest: types.Domain, live_xml: str, facts: SourceFacts, *, is_shared: IsShared) -> tuple[str, ...]:
-    """Every reason why the guest can't leave now; empty when it can. Raises InvalidArgumentError for broken XML.
-
-    `live_xml` is looked at only where `facts` have no plain XML.
-    """
-    root = parse_domain(facts.plain_xml or live_xml)
+def obstacles(guest: types.Domain, facts: SourceFacts, *, is_shared: IsShared) -> tuple[str, ...]:
+    """Every reason why the guest can't leave now; empty when it can. Raises InvalidArgumentError for broken XML."""
+    root = parse_domain(facts.live_xml)
     found = [
         *_state_obstacles(guest, facts),
         *_disk_obstacles(root, is_shared),

@@ -48,10 +48,10 @@ class Survey:
 
         def read(domain: libvirt.virDomain) -> SourceFacts:
             return SourceFacts(
+                live_xml=domain.XMLDesc(0),
                 block_jobs=tuple(target for target in targets if is_active and domain.blockJobInfo(target)),
                 snapshots=domain.snapshotNum(),
                 checkpoints=len(domain.listAllCheckpoints()),
-                plain_xml=domain.XMLDesc(0),
             )
 
         facts = await slot.on_domain(guest.uuid, read)

@@ -4,6 +4,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 
 import libvirt
 import pytest
@@ -62,8 +63,6 @@ def libvirtd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def _destroy_all(uri: str) -> None:
     connection = libvirt.open(uri)
     for domain in connection.listAllDomains():
-        if domain.isActive():
+        with suppress(libvirt.libvirtError):  # it may be ending by itself
             domain.destroy()
-        if domain.isPersistent():
-            domain.undefine()
     connection.close()

@@ -22,6 +22,7 @@ from handoff_common.errors import ExhaustedError, PreconditionError
 RICH = (Path(__file__).parent / "data" / "rich.xml").read_text()
 RUNNING = GuestFacts("a", types.DOMAIN_STATE_RUNNING, persistent=True, autostart=True)
 EMULATOR = "/usr/bin/qemu-system-x86_64"
+NOTHING = SourceFacts(live_xml="")
 SHARED = below_any(("/srv/shared",))
 BUILD = Build(EMULATOR, "stable", "7.2.22", frozenset({"pc-q35-7.2"}), frozenset({"Cascadelake-Server-noTSX"}))
 
@@ -30,8 +31,8 @@ def guest_of(xml: str, facts: GuestFacts = RUNNING) -> types.Domain:
     return describe(xml, facts, is_shared=SHARED, releases={EMULATOR: "7.2.22"})
 
 
-def reasons(xml: str, facts: SourceFacts | None = None, guest: GuestFacts = RUNNING) -> tuple[str, ...]:
-    return obstacles(guest_of(xml, guest), xml, facts or SourceFacts(), is_shared=SHARED)
+def reasons(xml: str, guest: GuestFacts = RUNNING, facts: SourceFacts = NOTHING) -> tuple[str, ...]:
+    return obstacles(guest_of(xml, guest), replace(facts, live_xml=xml), is_shared=SHARED)
 
 
 def reasons_of_device(device: str) -> tuple[str, ...]:
@@ -148,14 +149,14 @@ def test_what_does_not_keep_a_guest(case: str) -> None:
 @pytest.mark.parametrize(
     ("facts", "expected"),
     [
-        (SourceFacts(block_jobs=("vda",)), "disk vda has a block job"),
-        (SourceFacts(snapshots=2), "it has 2 snapshots"),
-        (SourceFacts(checkpoints=1), "it has 1 checkpoints"),
-        (SourceFacts(blocked_reasons=("no such luck",)), "QEMU refuses to migrate it: no such luck"),
+        (replace(NOTHING, block_jobs=("vda",)), "disk vda has a block job"),
+        (replace(NOTHING, snapshots=2), "it has 2 snapshots"),
+        (replace(NOTHING, checkpoints=1), "it has 1 checkpoints"),
+        (replace(NOTHING, blocked_reasons=("no such luck",)), "QEMU refuses to migrate it: no such luck"),
     ],
 )
 def test_what_libvirt_tells_beside_the_xml(facts: SourceFacts, expected: str) -> None:
-    (reason,) = reasons(RICH, facts)
+    (reason,) = reasons(RICH, facts=facts)
     assert reason.startswith(f"guest billing-db-1: {expected}")
 
 

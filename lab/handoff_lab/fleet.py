@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -18,6 +19,7 @@ from handoff_lab.parallel import in_parallel
 from handoff_lab.state import MAX_CONTROLLERS, MAX_HOSTS, Lab, LabConfig
 
 Member: TypeAlias = Host | Controller | EtcdMember
+Step: TypeAlias = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class Fleet:
     ) -> LabConfig:
         """Starts all that is missing, and returns what the lab is now.
 
-        What is None stays as it is, or is the default in a new lab. Hosts and controllers can be added to a running lab.
+        What is None stays as it is, or is the default in a new lab. A running lab can get more hosts and controllers.
         """
         require_set_up(self.lab)
         with self.lab.locked():
@@ -104,28 +106,18 @@ class Fleet:
         members_of_etcd = [member for member in members if isinstance(member, EtcdMember)]
         controllers = [member for member in members if isinstance(member, Controller)]
         reconfigured = [controller for controller in controllers if controller.write_files(config)]
-        in_parallel(
-            [
-                self.fabric.start,
-                *(partial(host.boot, config) for host in hosts),
-                *(member.boot for member in members_of_etcd),
-                *(controller.boot for controller in controllers),
-            ]
-        )
+        boots: list[Step] = [self.fabric.start]
+        boots += [partial(host.boot, config) for host in hosts]
+        boots += [*(member.boot for member in members_of_etcd), *(controller.boot for controller in controllers)]
+        in_parallel(boots)
         cables = self.fabric.cables()
-        in_parallel(
-            [
-                *(partial(host.connect, self.fabric, cables, config) for host in hosts),
-                *(partial(member.connect, self.fabric, cables) for member in members_of_etcd),
-                *(partial(controller.connect, self.fabric, cables) for controller in controllers),
-            ]
-        )
-        in_parallel(
-            [
-                *(partial(host.start_daemons, config) for host in hosts),
-                *(member.daemons()["etcd"].start for member in members_of_etcd),
-            ]
-        )
+        cabling: list[Step] = [partial(host.connect, self.fabric, cables, config) for host in hosts]
+        cabling += [partial(member.connect, self.fabric, cables) for member in members_of_etcd]
+        cabling += [partial(controller.connect, self.fabric, cables) for controller in controllers]
+        in_parallel(cabling)
+        starts: list[Step] = [partial(host.start_daemons, config) for host in hosts]
+        starts += [member.daemons()["etcd"].start for member in members_of_etcd]
+        in_parallel(starts)
         if config.agents:
             for controller in reconfigured:
                 controller.daemons()["controller"].stop()
@@ -143,7 +135,8 @@ class Fleet:
         # Twice: a node that was being started while we looked shows up in the second look.
         while marked := all_marked(self.lab):
             kill_and_wait(marked)
-        shutil.rmtree(self.lab.directory, ignore_errors=False) if self.lab.directory.exists() else None
+        if self.lab.directory.exists():
+            shutil.rmtree(self.lab.directory)
 
     def power_off(self, host: str) -> None:
         """Cuts a host's power: everything in it is gone at once."""
@@ -156,9 +149,7 @@ class Fleet:
             self.fabric.set_rate(node, rate)
             config = self.lab.require_config()
             rates = {name: old for name, old in config.rates.items() if name != host}
-            self.lab.save_config(
-                dataclasses.replace(config, rates=rates if rate == "none" else {**rates, host: rate})
-            )
+            self.lab.save_config(dataclasses.replace(config, rates=rates if rate == "none" else {**rates, host: rate}))
 
     def set_link(self, host: str, up: bool, management: bool = True, overlay: bool = True) -> None:
         """Cuts or mends a host's cables."""
@@ -201,7 +192,9 @@ def require_set_up(lab: Lab) -> None:
     """Raises LabError when something that setup installs is missing."""
     needed = [lab.emulator, lab.guest_kernel, lab.guest_initrd, lab.probe_program]
     missing = [str(path) for path in needed if not path.exists()]
-    missing += [name for name in ("libvirtd", "virsh", "ovs-vswitchd", "etcd", "qemu-img") if shutil.which(name) is None]
+    missing += [
+        name for name in ("libvirtd", "virsh", "ovs-vswitchd", "etcd", "qemu-img") if shutil.which(name) is None
+    ]
     if missing:
         raise LabError(f"the machine is not set up ({', '.join(missing)}): run `make setup`")
 

@@ -1,11 +1,12 @@
 """The lab's guests: real ones, run by QEMU 10 without hardware help, through libvirt in slot a of a host."""
 
-import json
+import dataclasses
 import re
 import subprocess
 import time
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
@@ -220,7 +221,7 @@ class Guests:
         hosts = [host for host in self.fleet.members(self.lab.require_config()) if isinstance(host, Host)]
         known = {guest.name for guest in self.lab.guests()}
         asked = [(host, slot) for host in hosts for slot in SLOTS if host.daemons()[f"libvirtd-{slot}"].ready()]
-        answers = in_parallel([lambda h=host, s=slot: _domains(h, s) for host, slot in asked])
+        answers = in_parallel([partial(_domains, host, slot) for host, slot in asked])
         return [seen for answer in answers for seen in answer if seen.guest in known]
 
     def find(self, name: str) -> list[Sighting]:
@@ -256,8 +257,8 @@ class Guests:
             if seen.state in ("shut off", "crashed"):
                 continue
             host = self.fleet.host(seen.host)
-            own = "run/libvirt/qemu" if False else f"run/handoff/slots/{seen.slot}/qemu"
-            pid = host.node.find(int((host.directory / own / f"{name}.pid").read_text()))
+            pid_file = host.directory / f"run/handoff/slots/{seen.slot}/qemu/{name}.pid"
+            pid = host.node.find(int(pid_file.read_text()))
             if pid is not None:
                 return pid
         raise LabError(f"{name} does not run")
@@ -283,9 +284,8 @@ def _domains(host: Host, slot: str) -> list[Sighting]:
 def as_json(guest: GuestRecord, seen: list[Sighting]) -> dict[str, object]:
     """A guest for `-o json`."""
     active = [s for s in seen if s.state not in ("shut off", "crashed")]
-    record = json.loads(json.dumps(guest, default=lambda value: {f: getattr(value, f) for f in value.__slots__}))
     return {
-        **record,
+        **dataclasses.asdict(guest),
         "host": active[0].host if active else None,
         "slot": active[0].slot if active else None,
         "state": active[0].state if active else (seen[0].state if seen else "lost"),

@@ -1,7 +1,8 @@
 """An emulated hypervisor: libvirt in two slots, Open vSwitch in user space, and the agent.
 
 Inside of host hN: mgmt0 10.10.0.N; on the overlay link br-ovl 10.20.0.N for migration streams, and br-phy 10.21.0.N for
-VXLAN; probe0 10.30.0.(200+N) among the guests. Streams stay in the kernel: Open vSwitch in user space takes about 30 MiB/s.
+VXLAN; probe0 10.30.0.(200+N) among the guests. Streams stay in the kernel: Open vSwitch in user space
+takes about 30 MiB/s.
 """
 
 import shutil
@@ -155,7 +156,11 @@ class Host:
         for path in (
             *("run/libvirt", "run/lock", "run/openvswitch", "run/handoff/slots/a", "run/handoff/slots/b"),
             *("etc/handoff", "etc/openvswitch", "var/lib/openvswitch", "var/log/openvswitch", "agent", "vms"),
-            *(f"slot-{slot}/{part}" for slot in SLOTS for part in ("etc/libvirt", "var/lib/libvirt", "var/log/libvirt")),
+            *(
+                f"slot-{slot}/{part}"
+                for slot in SLOTS
+                for part in ("etc/libvirt", "var/lib/libvirt", "var/log/libvirt")
+            ),
         ):
             (self.directory / path).mkdir(parents=True, exist_ok=True)
         for shared in (self.lab.shared, self.lab.directory / "cache/libvirt"):
@@ -305,7 +310,7 @@ ethtool -K br-phy tx off >/dev/null
         return self.node.run(["ip", "link", "show", "dev", name], check=False).returncode == 0
 
     def _bridges(self) -> list[str]:
-        """ovs-vsctl's arguments: a bridge on the overlay link, and one for guests with a VXLAN port to every other host."""
+        """ovs-vsctl's arguments: a bridge for tunnels, and one for guests with a VXLAN port to every other host."""
         words = (
             "--may-exist add-br br-phy -- set bridge br-phy datapath_type=netdev"
             f" other_config:hwaddr=02:00:00:20:00:{self.index:02x}"

@@ -1,6 +1,7 @@
 """Checks a guest's journal in its disk image, from outside: the format is described in lab/guest/journal.c.
 
-Only for an image that no guest writes to: stop the journal (its status names the last acknowledged record) or the guest.
+Only for an image that no guest writes to: stop the journal (its status names the last acknowledged record), or
+the guest.
 """
 
 import struct

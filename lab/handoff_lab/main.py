@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 from functools import partial
+from typing import NoReturn
 
 import click
 from rich.console import Console
@@ -34,6 +35,12 @@ class LabGroup(click.Group):
             return super().invoke(ctx)
         except LabError as error:
             raise click.ClickException(str(error)) from None
+
+
+def become(command: list[str], environment: dict[str, str]) -> NoReturn:
+    """Turns this process into a command inside of a node."""
+    terminal = {"TERM": os.environ.get("TERM", "dumb")}
+    os.execvpe(command[0], command, {**base_environment(), **terminal, **environment})  # noqa: S606
 
 
 @click.group(cls=LabGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -87,7 +94,9 @@ def status(fleet: Fleet, output: str) -> None:
         daemons = " ".join(name if pid else f"[red]{name} (down)[/]" for name, pid in node.daemons.items())
         link = ""
         if node.link is not None:
-            cut = [n for n, is_up in (("mgmt", node.link.management_up), ("overlay", node.link.overlay_up)) if not is_up]
+            cut = [
+                n for n, is_up in (("mgmt", node.link.management_up), ("overlay", node.link.overlay_up)) if not is_up
+            ]
             link = f"[red]cut: {', '.join(cut)}[/]" if cut else (node.link.rate or "unlimited")
         table.add_row(node.name, str(node.pid or "[red]down[/]"), daemons, link)
     Console().print(table)
@@ -100,8 +109,7 @@ def status(fleet: Fleet, output: str) -> None:
 def exec_command(fleet: Fleet, node: str, command: tuple[str, ...]) -> None:
     """Run COMMAND (by default a shell) inside of a node."""
     words = command[1:] if command[:1] == ("--",) else command
-    line = fleet.node(node).command(words or ("bash",))
-    os.execvpe(line[0], line, {**base_environment(), **fleet.environment(), "TERM": os.environ.get("TERM", "dumb")})
+    become(fleet.node(node).command(words or ("bash",)), fleet.environment())
 
 
 @main.command()
@@ -170,8 +178,7 @@ def console(fleet: Fleet, name: str) -> None:
     host = guests.running_on(name)
     slot = next(seen.slot for seen in guests.find(name) if seen.host == host.name and seen.state != "shut off")
     uri = f"qemu+unix:///system?socket=/run/handoff/slots/{slot}/libvirt-sock"
-    line = host.node.command(["virsh", "-c", uri, "console", "--force", name])
-    os.execvpe(line[0], line, {**base_environment(), "TERM": os.environ.get("TERM", "dumb")})
+    become(host.node.command(["virsh", "-c", uri, "console", "--force", name]), {})
 
 
 @main.group()

@@ -4,7 +4,7 @@ import asyncio
 import ctypes
 import os
 import socket
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 from handoff_lab.node import Node
@@ -46,25 +46,14 @@ class NetNamespace:
         self, family: socket.AddressFamily = socket.AF_INET, kind: socket.SocketKind = socket.SOCK_STREAM
     ) -> socket.socket:
         """A new socket in the namespace. Raises OSError."""
-        made: list[socket.socket | OSError] = []
+
+        def make() -> socket.socket:
+            _enter(self._descriptor)
+            return socket.socket(family, kind)
 
         # setns moves one thread; this one ends right after, so that no other code ever runs in the namespace.
-        def make() -> None:
-            try:
-                if _libc.setns(self._descriptor, CLONE_NEWNET) != 0:
-                    number = ctypes.get_errno()
-                    raise OSError(number, f"setns: {os.strerror(number)}")
-                made.append(socket.socket(family, kind))
-            except OSError as error:
-                made.append(error)
-
-        thread = threading.Thread(target=make)
-        thread.start()
-        thread.join()
-        result = made[0]
-        if isinstance(result, OSError):
-            raise result
-        return result
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            return pool.submit(make).result()
 
     async def connect(
         self, host: str, port: int, timeout_s: float = 5.0
@@ -79,3 +68,10 @@ class NetNamespace:
         except BaseException:
             client.close()
             raise
+
+
+def _enter(namespace: int) -> None:
+    """Moves the calling thread into a network namespace. Raises OSError."""
+    if _libc.setns(namespace, CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"setns: {os.strerror(number)}")

@@ -40,7 +40,7 @@ def processes() -> Iterator[Process]:
         if not entry.name.isdecimal():
             continue
         try:
-            namespace = os.readlink(entry / "ns/pid")
+            namespace = str((entry / "ns/pid").readlink())
             status = (entry / "status").read_text()
         except OSError:  # it is gone, or a kernel thread
             continue
@@ -166,7 +166,7 @@ class Node:
         pid = self.pid()
         if pid is None:
             return None
-        namespace = os.readlink(f"/proc/{pid}/ns/pid")
+        namespace = str(Path(f"/proc/{pid}/ns/pid").readlink())
         return next((p.pid for p in processes() if p.namespace == namespace and p.inner_pid == inner_pid), None)
 
     def kill(self) -> None:

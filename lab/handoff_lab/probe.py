@@ -1,5 +1,5 @@
-"""What judges a move from outside the guest: a 1 ms UDP probe, a TCP session that is checked byte by byte, and a client of
-the guest's control port. All three run in the network of a node, usually a host that takes no part in the move.
+"""What judges a move from outside the guest: a 1 ms UDP probe, a TCP session checked byte by byte, and a client of the
+guest's control port. All three run in the network of a node, usually a host that takes no part in the move.
 
     async with UdpProbe(lab, node, guest.ip) as udp, TcpSession(node, guest.ip) as tcp:
         ...                                   # the move
@@ -60,9 +60,9 @@ class UdpResult:
 
 
 class UdpProbe:
-    """Sends a datagram every `interval_us` to the guest's echo, from a program of its own: our scheduling is not measured.
+    """Sends a datagram every `interval_us` to the guest's echo, from a program of its own with real-time priority.
 
-    `gaps` in the result are the silences of at least `gap_ms`.
+    So our own scheduling is not measured. `gaps` in the result are the silences of at least `gap_ms`.
     """
 
     def __init__(self, lab: Lab, node: Node, address: str, interval_us: int = 1000, gap_ms: float = 20.0) -> None:

@@ -1,0 +1,105 @@
+"""How long a guest's CPUs stood still in a move, by the word of both QEMUs.
+
+QEMU stamps STOP and RESUME with the host's clock, which the hosts of a lab share; so the figure is the same thing for
+our migration and for libvirt's own, and does not depend on either's statistics.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import libvirt
+import libvirt_qemu
+
+_started = threading.Event()
+
+
+def _run_events() -> None:
+    while True:
+        libvirt.virEventRunDefaultImpl()
+
+
+def _start_events() -> None:
+    if not _started.is_set():
+        _started.set()
+        libvirt.virEventRegisterDefaultImpl()
+        threading.Thread(target=_run_events, name="libvirt-events", daemon=True).start()
+
+
+class PauseWatch:
+    """Collects STOP and RESUME of one guest on several hosts."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._events: list[tuple[str, str, float]] = []
+
+    def note(self, host: str, event: str, time_s: float) -> None:
+        """Takes an event in, on libvirt's thread."""
+        with self._changed:
+            self._events.append((host, event, time_s))
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        """Forgets what was seen so far."""
+        with self._changed:
+            self._events.clear()
+
+    def pause_ms(self, source: str, destination: str, deadline_s: float = 5.0) -> float:
+        """From the last STOP at the source to the first RESUME at the destination. Raises TimeoutError without both."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._both(source, destination) is not None, deadline_s):
+                raise TimeoutError(f"no STOP on {source} and RESUME on {destination}: {self._events}")
+            both = self._both(source, destination)
+            assert both is not None
+            return 1000 * (both[1] - both[0])
+
+    def _both(self, source: str, destination: str) -> tuple[float, float] | None:
+        stops = [time_s for host, event, time_s in self._events if (host, event) == (source, "STOP")]
+        resumes = [time_s for host, event, time_s in self._events if (host, event) == (destination, "RESUME")]
+        return (stops[-1], resumes[0]) if stops and resumes else None
+
+
+@contextmanager
+def watch_pauses(guest: str, sockets: Mapping[str, Path]) -> Iterator[PauseWatch]:
+    """Watches the guest by name; `sockets`: libvirt's socket of each host."""
+    _start_events()
+    watch = PauseWatch()
+    connections: list[libvirt.virConnect] = []
+
+    try:
+        for host, socket in sockets.items():
+            connection = libvirt.open(f"qemu+unix:///system?socket={socket}")
+            connections.append(connection)
+            libvirt_qemu.qemuMonitorEventRegister(
+                connection,
+                None,
+                "^(STOP|RESUME)$",
+                _Callback(guest, host, watch),
+                None,
+                libvirt_qemu.VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX,
+            )
+        yield watch
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+class _Callback:
+    def __init__(self, guest: str, host: str, watch: PauseWatch) -> None:
+        self._guest = guest
+        self._host = host
+        self._watch = watch
+
+    def __call__(
+        self,
+        _connection: libvirt.virConnect,
+        domain: libvirt.virDomain,
+        event: str,
+        seconds: int,
+        micros: int,
+        _details: str | None,
+        _opaque: None,
+    ) -> None:
+        if domain.name() == self._guest:
+            self._watch.note(self._host, event, seconds + micros / 1e6)

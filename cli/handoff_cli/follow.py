@@ -9,6 +9,7 @@ from typing import Self
 import click
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_cli.client import Controllers
@@ -54,11 +55,11 @@ class TerminalView(AbstractContextManager["TerminalView"]):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._latest = Migration()
+        self._latest: Migration | None = None
         self._changes = 0
         self._live = Live(
             console=console,
-            get_renderable=lambda: live_view(self._latest, now()),
+            get_renderable=lambda: live_view(self._latest, now()) if self._latest else Text(),
             refresh_per_second=REFRESHES_PER_S,
             transient=True,
         )
@@ -74,10 +75,10 @@ class TerminalView(AbstractContextManager["TerminalView"]):
 
     def __call__(self, migration: Migration) -> None:
         """Takes the newest."""
+        self._latest = migration
         for change in migration.timeline[self._changes :]:
             self._console.print(change_line(change))
         self._changes = len(migration.timeline)
-        self._latest = migration
 
 
 def _json_line(migration: Migration) -> None:

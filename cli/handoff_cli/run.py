@@ -40,12 +40,17 @@ def run(
         status = asyncio.run(_connected(common, work))
     except HandoffError as error:
         say_error(error.message)
-        status = EXITS.get(type(error), Exit.INTERNAL)
+        status = status_of(error)
     except KeyboardInterrupt:
         if on_interrupt is not None:
             on_interrupt()
         status = Exit.INTERRUPTED
     click.get_current_context().exit(status)
+
+
+def status_of(error: HandoffError) -> Exit:
+    """The exit status of an error, by its gRPC status."""
+    return next((status for kind, status in EXITS.items() if kind.code is error.code), Exit.INTERNAL)
 
 
 async def _connected(common: Common, work: Callable[[Controllers], Awaitable[Exit]]) -> Exit:

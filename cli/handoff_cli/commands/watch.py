@@ -6,7 +6,7 @@ from handoff_cli.client import Controllers
 from handoff_cli.exits import Exit
 from handoff_cli.follow import follow
 from handoff_cli.options import Common, common_options
-from handoff_cli.run import run
+from handoff_cli.run import run, say_note
 
 
 @click.command("watch")
@@ -22,4 +22,4 @@ def command(common: Common, migration_id: str) -> None:
     async def work(controllers: Controllers) -> Exit:
         return await follow(controllers, migration_id, common.output)
 
-    run(common, work)
+    run(common, work, lambda: say_note(f"migration {migration_id} is not followed any more; it goes on"))

@@ -18,13 +18,22 @@ from handoff_cli.units import format_bytes, format_clock, format_duration, forma
 COPIES = frozenset({MigrationState.MIGRATION_STATE_COPYING, MigrationState.MIGRATION_STATE_SWITCHING})
 
 
-def progress_facts(progress: TransferProgress) -> Iterator[str]:
+def progress_facts(progress: TransferProgress) -> tuple[str, ...]:
     """What one reading says, piece by piece."""
+    return (*copy_facts(progress), *guest_facts(progress))
+
+
+def copy_facts(progress: TransferProgress) -> Iterator[str]:
+    """How far the copy is."""
     yield f"{format_bytes(progress.ram_transferred_bytes)} sent"
     yield f"{format_bytes(progress.ram_remaining_bytes)} left"
     yield format_rate(progress.throughput_bytes_per_s)
     if progress.iterations:
         yield f"pass {progress.iterations}"
+
+
+def guest_facts(progress: TransferProgress) -> Iterator[str]:
+    """What the guest does to the copy, and the copy to the guest."""
     if progress.dirty_bytes_per_s:
         yield f"guest dirties {format_rate(progress.dirty_bytes_per_s)}"
     if progress.cpu_throttle_percent:
@@ -69,7 +78,7 @@ def live_view(migration: Migration, now: datetime) -> RenderableType:
         ProgressBar(total=progress.ram_total_bytes, completed=copied, width=40),
         f"{copied / progress.ram_total_bytes:4.0%} of {format_bytes(progress.ram_total_bytes)}",
     )
-    lines: list[RenderableType] = [head, bar, Text(f"  {', '.join(progress_facts(progress))}")]
+    lines = [", ".join(copy_facts(progress)), ", ".join(guest_facts(progress))]
     if progress.decision:
-        lines.append(Text(f"  policy: {progress.decision}", "dim"))
-    return Group(*lines)
+        lines.append(f"policy: {progress.decision}")
+    return Group(head, bar, *(Text(f"  {line}") for line in lines if line))

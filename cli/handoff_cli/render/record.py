@@ -48,16 +48,16 @@ def _pairs(rows: tuple[tuple[str, str | Text], ...]) -> Table:
 def _facts(migration: Migration, now: datetime) -> Table:
     created = moment(migration.create_time)
     age = f"{format_date(created)}, {format_age((now - created).total_seconds())} ago"
-    took = f"{format_duration(lasted_s(migration, now))}{'' if is_final(migration) else ' so far'}"
     rows: list[tuple[str, str | Text]] = [
         ("Migration", migration.id),
         ("State", migration_state_text(migration)),
         ("Guest", f"{migration.guest_name} ({migration.guest_uuid})"),
         ("From → to", f"{place(migration.source)} → {place(migration.destination)}"),
         ("Created", age.replace("now ago", "now")),
-        ("Took", took),
         ("Options", _options(migration.options)),
     ]
+    if not is_final(migration):
+        rows.append(("So far", format_duration(lasted_s(migration, now))))
     if migration.waiting_for:
         rows.append(("Waits for", migration.waiting_for))
     return _pairs(tuple(rows))
@@ -104,6 +104,6 @@ def _figures(migration: Migration) -> Iterator[tuple[str, str | Text]]:
         )
         yield "Memory sent", f"{format_bytes(outcome.ram_bytes)}{passes}"
     if not is_final(migration) and migration.HasField("progress"):
-        yield "Copy", "; ".join(progress_facts(migration.progress))
+        yield "Copy", ", ".join(progress_facts(migration.progress))
         if migration.progress.decision:
             yield "Policy", migration.progress.decision

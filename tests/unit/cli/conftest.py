@@ -1,0 +1,100 @@
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from fake_controller import FakeController, Fleet
+
+HANDOFF = Path(sys.executable).parent / "handoff"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a run of the command left."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Handoff:
+    """The real command, in a process of its own, with an empty home."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.environment = {"HOME": str(home), "PATH": os.environ["PATH"], "TZ": "UTC", "LC_ALL": "C.UTF-8"}
+
+    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            HANDOFF,
+            *arguments,
+            env=self.environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+
+    async def __call__(self, *arguments: str) -> Ended:
+        return await self.end(await self.start(*arguments))
+
+    async def end(self, process: asyncio.subprocess.Process) -> Ended:
+        async with asyncio.timeout(60):
+            out, err = await process.communicate()
+        assert process.returncode is not None
+        return Ended(process.returncode, out.decode(), err.decode())
+
+    async def interrupt(self, process: asyncio.subprocess.Process) -> Ended:
+        process.send_signal(signal.SIGINT)
+        return await self.end(process)
+
+
+@pytest.fixture
+def handoff(tmp_path: Path) -> Handoff:
+    return Handoff(tmp_path)
+
+
+@pytest.fixture
+def fleet() -> Fleet:
+    return Fleet()
+
+
+StartController = Callable[..., Awaitable[FakeController]]
+
+
+@pytest_asyncio.fixture
+async def start_controller(fleet: Fleet) -> AsyncIterator[StartController]:
+    started: list[FakeController] = []
+
+    async def start(address: str = "127.0.0.1:0") -> FakeController:
+        started.append(await FakeController(fleet).start(address))
+        return started[-1]
+
+    yield start
+    for controller in started:
+        await controller.stop()
+
+
+@pytest_asyncio.fixture
+async def controller(start_controller: StartController) -> FakeController:
+    return await start_controller()
+
+
+@pytest.fixture
+def frozen() -> Iterator[str]:
+    """Address of a controller that is stopped: the kernel accepts connections, nobody answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An address that refuses connections."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    return f"127.0.0.1:{port}"

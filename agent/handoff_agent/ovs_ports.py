@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -14,8 +14,8 @@ import ovs.poller
 from handoff_common.errors import DeadlineError, PreconditionError
 
 READ_TIMEOUT_S: Final = 5.0
-# What libvirt writes on the interfaces that it plugs in.
-_DOMAIN_KEY: Final = "vm-uuid"
+# What libvirt writes on the interfaces that it plugs in, and OpenStack's os-vif on those that it plugs in itself.
+_DOMAIN_KEYS: Final = ("vm-id", "vm-uuid")
 _MAC_KEY: Final = "attached-mac"
 
 _COLUMNS: Final = {
@@ -43,7 +43,7 @@ _SCHEMA: Final = {
 
 @dataclass(frozen=True, slots=True)
 class GuestPort:
-    """A port that libvirt plugged in for a domain."""
+    """A port that was plugged in for a domain."""
 
     name: str
     bridge: str
@@ -117,18 +117,20 @@ def _check_present(remote: str) -> None:
 def _guest_ports(idl: ovs.db.idl.Idl) -> tuple[GuestPort, ...]:
     found: list[GuestPort] = []
     for bridge in idl.tables["Bridge"].rows.values():
-        for port in bridge.ports:
-            found.extend(
-                GuestPort(
-                    name=interface.name,
-                    bridge=bridge.name,
-                    ofport=_number(interface.ofport),
-                    mac=interface.external_ids.get(_MAC_KEY, "").lower(),
-                    domain_uuid=interface.external_ids[_DOMAIN_KEY].lower(),
+        interfaces = [interface for port in bridge.ports for interface in port.interfaces]
+        for interface in interfaces:
+            ids: Mapping[str, str] = interface.external_ids
+            domain_uuid = next((ids[key] for key in _DOMAIN_KEYS if key in ids), "")
+            if domain_uuid:
+                found.append(
+                    GuestPort(
+                        name=interface.name,
+                        bridge=bridge.name,
+                        ofport=_number(interface.ofport),
+                        mac=ids.get(_MAC_KEY, "").lower(),
+                        domain_uuid=domain_uuid.lower(),
+                    )
                 )
-                for interface in port.interfaces
-                if _DOMAIN_KEY in interface.external_ids
-            )
     return tuple(sorted(found, key=lambda port: port.name))
 
 

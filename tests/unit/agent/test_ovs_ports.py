@@ -51,8 +51,8 @@ def plug(database: str, bridge: str, name: str, *columns: str) -> None:
     subprocess.run(["ovs-vsctl", f"--db={database}", "--no-wait", *command], check=True)
 
 
-def plug_guest(database: str, bridge: str, name: str, uuid: str, mac: str) -> None:
-    plug(database, bridge, name, f'external_ids:vm-uuid="{uuid}"', f'external_ids:attached-mac="{mac}"')
+def plug_guest(database: str, bridge: str, name: str, uuid: str, mac: str, key: str = "vm-id") -> None:
+    plug(database, bridge, name, f'external_ids:{key}="{uuid}"', f'external_ids:attached-mac="{mac}"')
 
 
 def set_interface(database: str, name: str, column: str) -> None:
@@ -64,7 +64,7 @@ async def test_ports_of_guests(database: str) -> None:
     assert await ports.read() == ()
     plug(database, "br-int", "uplink")
     plug_guest(database, "br-int", "vnet1", OTHER, "52:54:00:00:00:02")
-    plug_guest(database, "br-ext", "vnet0", GUEST, "52:54:00:AA:00:01")
+    plug_guest(database, "br-ext", "vnet0", GUEST, "52:54:00:AA:00:01", key="vm-uuid")
     set_interface(database, "vnet1", "ofport=7")
     assert await ports.read() == (
         GuestPort("vnet0", "br-ext", -1, "52:54:00:aa:00:01", GUEST),

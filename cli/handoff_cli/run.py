@@ -7,11 +7,11 @@ from typing import NoReturn
 import click
 from rich.text import Text
 
+from handoff_cli.addresses import find_controllers
 from handoff_cli.client import Controllers
 from handoff_cli.exits import Exit
 from handoff_cli.options import Common
 from handoff_cli.output import stderr
-from handoff_cli.settings import find_controllers
 from handoff_common.errors import (
     DeadlineError,
     ExhaustedError,

@@ -322,7 +322,7 @@ class Driver:
 
     async def _activate(self) -> Event | None:
         """Runs the guest at the destination, however long it takes; or learns that it never can have run there."""
-        handoff = await self._persist("activate", lambda: self._destination.activate(self._fence, self.migration.id))
+        handoff = await self._persist("activate", self._activated)
         if handoff.state in RAN_HERE:
             self._note_running(handoff)
             return None
@@ -339,6 +339,18 @@ class Driver:
             return None
         self.migration.error = f"{self.migration.destination.host} could not run the guest: {why}"
         return Event.FENCED
+
+    async def _activated(self) -> Handoff:
+        """Activate. A copy that was aborted refuses it: its state is the answer, and may be the proof."""
+        try:
+            return await self._destination.activate(self._fence, self.migration.id)
+        except PreconditionError:
+            # A leader that ended between the proof and its record has aborted it.
+            async with aclosing(self._destination.watch(self.migration.id, DESTINATION)) as states:
+                handoff = await anext(states)
+            if handoff.state != HandoffState.HANDOFF_STATE_ABORTED:
+                raise
+            return handoff
 
     async def _persist(self, what: str, call: Callable[[], Awaitable[Handoff]]) -> Handoff:
         """Repeats a call for ever: the guest is committed to its host. The operator sees why in the record."""

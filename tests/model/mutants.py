@@ -1,0 +1,74 @@
+"""Seeded bugs that the model has to find: if it does not, it is the model that is wrong."""
+
+from fake_hosts import Bugs
+from world import Kind, Mutant, Trouble
+
+from handoff_common.errors import DeadlineError
+from handoff_controller.agents import Agent
+from handoff_controller.driver import DESTINATION, SOURCE, Driver, Work
+from handoff_controller.machine import Event, State, state_of
+
+
+class ForgetsThatTheCommitMayCome(Driver):
+    """An unanswered commit is taken for one that failed: the guest is given back to the source at once."""
+
+    async def _advance(self, work: Work) -> None:
+        try:
+            await super()._advance(work)
+        except DeadlineError:
+            if state_of(self.migration) is State.SWITCHING:
+                await self._give_back()
+            raise
+
+    async def _give_back(self) -> None:
+        await self._source.abort(self._fence, self.migration.id, SOURCE, "no commit")
+        await self._destination.abort(self._fence, self.migration.id, DESTINATION, "no commit")
+
+
+class AbortsBeforeItIsRecorded(Driver):
+    """The source is told to run its guest again first, and the abort recorded afterwards."""
+
+    async def _advance(self, work: Work) -> None:
+        if state_of(self.migration) is State.SWITCHING and work.event is Event.FAILED:
+            await self._source.abort(self._fence, self.migration.id, SOURCE, work.reason)
+        await super()._advance(work)
+
+
+class ActivatesBeforeTheCommit(Driver):
+    """Saves the time of a write to etcd."""
+
+    async def _advance(self, work: Work) -> None:
+        if state_of(self.migration) is State.SWITCHING and work.event is Event.COMPLETED:
+            destination: Agent = self._destination
+            await destination.activate(self._fence, self.migration.id)
+        await super()._advance(work)
+
+
+class ReleasesWithoutProof(Driver):
+    """A destination that can't be reached is taken for one that runs the guest."""
+
+    async def _activate(self) -> Event | None:
+        try:
+            await self._destination.activate(self._fence, self.migration.id)
+        except Exception:  # noqa: BLE001 - the bug
+            return None
+        return None
+
+
+AT_THE_COMMIT = 10
+
+# Each with a part of what brings it to light; the search adds the rest.
+MUTANTS: dict[str, tuple[Mutant, tuple[Trouble, ...]]] = {
+    "a held source that resumes by itself": (Mutant(agents=Bugs(resumes_held_after_s=3.0)), ()),
+    "writes without compare-and-swap": (
+        Mutant(compares_revisions=False),
+        (Trouble(AT_THE_COMMIT, Kind.LATE, 0.0, 3.0),),
+    ),
+    "an unanswered commit taken for a failed one": (
+        Mutant(driver=ForgetsThatTheCommitMayCome),
+        (Trouble(AT_THE_COMMIT, Kind.ANSWER_LOST, 0.0, 0.0),),
+    ),
+    "an abort before it is recorded": (Mutant(driver=AbortsBeforeItIsRecorded), ()),
+    "a destination that runs before the commit": (Mutant(driver=ActivatesBeforeTheCommit), ()),
+    "a source released without proof": (Mutant(driver=ReleasesWithoutProof), ()),
+}

@@ -1,0 +1,91 @@
+import pytest
+from records import UUID, domain, guest, place
+
+from handoff.agent.v1.types_pb2 import DomainState
+from handoff_controller.reconcile import ACTIVE, reconcile
+
+BOTH = {"h1": {UUID}, "h2": {UUID}}
+
+
+def test_a_new_guest_is_written_down() -> None:
+    changes = reconcile("h1", [domain(slot="b")], [], {"h1": {UUID}})
+
+    (written,) = changes.written
+    assert (written.uuid, written.name, written.owner, written.generation) == (UUID, "web", place("h1", "b"), 1)
+
+
+def test_a_copy_of_a_handoff_is_no_new_guest() -> None:
+    assert reconcile("h2", [domain(migration_id="m1")], [], {"h2": {UUID}}).written == ()
+
+
+def test_what_is_as_recorded_is_not_written() -> None:
+    changes = reconcile("h1", [domain()], [guest()], {"h1": {UUID}})
+
+    assert (changes.written, changes.forgotten) == ((), ())
+
+
+def test_name_and_slot_follow_the_owner() -> None:
+    changes = reconcile("h1", [domain(name="www", slot="b")], [guest()], {"h1": {UUID}})
+
+    (written,) = changes.written
+    assert (written.name, written.owner.slot, written.generation) == ("www", "b", 1)
+
+
+@pytest.mark.parametrize("host", ["h1", "h2"])
+def test_a_guest_in_a_migration_is_left_alone(host: str) -> None:
+    changes = reconcile(host, [], [guest(active="m1")], {"h1": set(), "h2": set()})
+
+    assert (changes.written, changes.forgotten) == ((), ())
+
+
+def test_a_guest_that_is_gone_is_forgotten() -> None:
+    assert reconcile("h1", [], [guest()], {"h1": set()}).forgotten == (guest(),)
+
+
+def test_a_guest_that_another_host_has_is_not_forgotten() -> None:
+    changes = reconcile("h1", [], [guest()], {"h1": set(), "h2": {UUID}})
+
+    assert (changes.written, changes.forgotten) == ((), ())
+
+
+@pytest.mark.parametrize("state", sorted(ACTIVE))
+def test_a_guest_moved_by_hand_goes_to_the_host_that_has_it(state: "DomainState.ValueType") -> None:
+    changes = reconcile("h2", [domain(state=state)], [guest()], {"h1": set(), "h2": {UUID}})
+
+    (written,) = changes.written
+    assert (written.owner, written.generation) == (place("h2"), 2)
+    assert list(written.conflicts) == []
+
+
+def test_an_owner_that_does_not_answer_keeps_its_guest() -> None:
+    changes = reconcile("h2", [domain()], [guest()], {"h2": {UUID}})
+
+    (written,) = changes.written
+    assert (written.owner, list(written.conflicts)) == (place("h1"), ["h2"])
+
+
+def test_two_that_have_it_are_a_conflict_until_one_is_gone() -> None:
+    (conflict,) = reconcile("h2", [domain()], [guest()], BOTH).written
+    assert list(conflict.conflicts) == ["h2"]
+    assert reconcile("h2", [domain()], [conflict], BOTH).written == ()
+
+    (mended,) = reconcile("h2", [], [conflict], {"h1": {UUID}, "h2": set()}).written
+    assert list(mended.conflicts) == []
+
+
+def test_a_definition_elsewhere_is_no_conflict() -> None:
+    shut_off = domain(state=DomainState.DOMAIN_STATE_SHUT_OFF)
+
+    assert reconcile("h2", [shut_off], [guest()], BOTH).written == ()
+
+
+def test_a_copy_of_an_ended_handoff_is_no_conflict() -> None:
+    assert reconcile("h2", [domain(migration_id="m1")], [guest()], BOTH).written == ()
+
+
+def test_the_given_records_are_not_changed() -> None:
+    given = guest()
+
+    reconcile("h2", [domain()], [given], BOTH)
+
+    assert given == guest()

@@ -10,7 +10,7 @@ from conftest import StartController
 from fake_controller import FakeController, Fleet
 
 from handoff.controller.v1.migrations_pb2 import CreateMigrationRequest, Migration
-from handoff_cli import client
+from handoff_cli import failover
 from handoff_cli.client import Controllers
 from handoff_common.errors import (
     ConflictError,
@@ -44,7 +44,7 @@ async def test_a_frozen_controller_costs_two_seconds_and_is_not_asked_first_agai
     async with Controllers([frozen, controller.address], 10) as controllers:
         began = time.monotonic()
         await controllers.hosts()
-        assert time.monotonic() - began < client.GREETING_S + 1
+        assert time.monotonic() - began < failover.GREETING_S + 1
         began = time.monotonic()
         await controllers.hosts()
         assert time.monotonic() - began < 1
@@ -63,7 +63,7 @@ async def test_the_deadline_holds_for_all_tries_together(frozen: str) -> None:
         began = time.monotonic()
         with pytest.raises(UnavailableError):
             await controllers.hosts()
-        assert time.monotonic() - began < client.GREETING_S + 1
+        assert time.monotonic() - began < failover.GREETING_S + 1
 
 
 @pytest.mark.parametrize("kind", [NotFoundError, PreconditionError, ExhaustedError])
@@ -99,7 +99,7 @@ async def test_nobody_leads_until_the_deadline(controller: FakeController) -> No
 async def test_a_create_whose_answer_was_lost_is_not_done_twice(
     start_controller: StartController, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "WRITE_S", 0.5)
+    monkeypatch.setattr(failover, "WRITE_S", 0.5)
     first, second = await start_controller(), await start_controller()
     first.drop_answers = 1
     async with Controllers([first.address, second.address], 10) as controllers:
@@ -110,7 +110,7 @@ async def test_a_create_whose_answer_was_lost_is_not_done_twice(
 async def test_our_own_unanswered_create_does_not_stand_in_our_way(
     start_controller: StartController, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "WRITE_S", 0.5)
+    monkeypatch.setattr(failover, "WRITE_S", 0.5)
     first, second = await start_controller(), await start_controller()
     first.drop_answers = 1
     second.refusals.append(PreconditionError(f"web-1 is being moved by migration {REQUEST.request_id}"))
@@ -121,7 +121,7 @@ async def test_our_own_unanswered_create_does_not_stand_in_our_way(
 async def test_a_lost_answer_is_not_called_a_failure(
     controller: FakeController, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "WRITE_S", 0.3)
+    monkeypatch.setattr(failover, "WRITE_S", 0.3)
     controller.drop_answers = 100
     async with Controllers([controller.address], 1) as controllers:
         with pytest.raises(DeadlineError, match="did not answer in time"):
@@ -132,6 +132,16 @@ async def test_a_create_that_reached_nobody_has_certainly_not_been_done(nobody: 
     async with Controllers([nobody], 10) as controllers:
         with pytest.raises(UnavailableError, match="no controller answered"):
             await controllers.create(REQUEST)
+
+
+async def test_a_guest_may_be_named_by_its_uuid_in_any_case(fleet: Fleet, controller: FakeController) -> None:
+    known = a_migration(id=REQUEST.request_id)
+    await fleet.put(known)
+    request = CreateMigrationRequest(
+        guest=known.guest_uuid.upper(), destination_host="h2", request_id=REQUEST.request_id
+    )
+    async with Controllers([controller.address], 10) as controllers:
+        assert await controllers.create(request) == known
 
 
 async def test_a_request_id_of_another_migration_is_refused(fleet: Fleet, controller: FakeController) -> None:
@@ -176,7 +186,7 @@ async def test_a_watch_survives_a_time_without_any_controller(fleet: Fleet, star
 async def test_a_watch_leaves_a_controller_that_falls_silent(
     fleet: Fleet, start_controller: StartController, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "WATCH_SILENCE_S", 0.3)
+    monkeypatch.setattr(failover, "STREAM_SILENCE_S", 0.3)
     first, second = await start_controller(), await start_controller()
     await fleet.put(copying(0.5))
     async with Controllers([first.address, second.address], 10) as controllers:
@@ -190,7 +200,7 @@ async def test_a_watch_leaves_a_controller_that_falls_silent(
 async def test_a_waiting_migration_may_be_silent_for_as_long_as_it_likes(
     fleet: Fleet, controller: FakeController, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "WATCH_SILENCE_S", 0.1)
+    monkeypatch.setattr(failover, "STREAM_SILENCE_S", 0.1)
     await fleet.put(a_migration((PLANNED,)))
     troubles: list[str] = []
     async with Controllers([controller.address], 0.5, troubles.append) as controllers:
@@ -229,7 +239,7 @@ async def test_a_watch_that_finds_nobody_says_so_at_once(nobody: str, frozen: st
         began = time.monotonic()
         with pytest.raises(UnavailableError):
             await states(controllers.watch("20260314"))
-        assert time.monotonic() - began < client.GREETING_S + 1
+        assert time.monotonic() - began < failover.GREETING_S + 1
 
 
 async def test_a_watch_of_no_migration(controller: FakeController) -> None:

@@ -359,6 +359,12 @@ async def test_show(handoff: Handoff, fleet: Fleet, controller: FakeController) 
     assert (await handoff("show", "2025", "--controller", controller.address)).status == Exit.NOT_FOUND
 
 
+async def test_a_proxy_for_the_web_is_not_asked(handoff: Handoff, controller: FakeController, nobody: str) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        handoff.environment[name] = f"http://{nobody}"
+    assert (await handoff("hosts", "--controller", controller.address)).status == Exit.OK
+
+
 async def test_a_frozen_controller_does_not_hang_the_command(
     handoff: Handoff, fleet: Fleet, controller: FakeController, frozen: str
 ) -> None:

@@ -22,9 +22,8 @@ from handoff_agent.settings import AgentSettings
 from handoff_agent.slots import Hypervisor, Slot
 from handoff_common.errors import HandoffError, NotFoundError, UnavailableError
 
-# What the kind of an event says of the state; after the others the domain is asked.
+# What the kind of an event says of the state; after the others the domain is asked ("started" may be paused).
 _STATE_AFTER: Final = {
-    "started": types.DOMAIN_STATE_RUNNING,
     "resumed": types.DOMAIN_STATE_RUNNING,
     "suspended": types.DOMAIN_STATE_PAUSED,
     "stopped": types.DOMAIN_STATE_SHUT_OFF,

@@ -1,7 +1,9 @@
 """The lab's guests: real ones, run by QEMU 10 without hardware help, through libvirt in slot a of a host."""
 
 import dataclasses
+import os
 import re
+import signal
 import subprocess
 import time
 import uuid
@@ -22,6 +24,7 @@ FIRST_NUMBER, LAST_NUMBER = 10, 199
 CONTROL_PORT = 5000
 BOOT_DEADLINE_S = 120.0
 VIRSH_DEADLINE_S = 30.0
+LIST_DEADLINE_S = 10.0
 DEFAULT_DISK = "size=1G,format=raw,place=shared"
 DEFAULT_NETWORK = "tenant"
 MACHINE = "pc-q35-10.0"
@@ -140,13 +143,23 @@ class Guests:
         """Creates a guest and starts it; with `wait`, returns when its control port answers.
 
         `disks`: as parse_disk reads them; none at all for an empty tuple. `network`: tenant or none.
-        A guest of that name that exists is left as it is. Raises LabError when anything fails; nothing is left then.
+        A guest of that name that exists stays as it is; one that is off is started where it is defined.
+        Raises LabError when anything fails; nothing is left then.
         """
         where = self.fleet.host(host)
         where.node.require_pid()
         guest = self._admit(name, host, memory_mib, vcpus, disks, network)
-        if self.find(name):
-            return guest
+        if seen := self.find(name):
+            if all(sighting.state == "shut off" for sighting in seen):
+                virsh(self.fleet.host(seen[0].host), seen[0].slot, "start", name)
+        else:
+            self._define(guest, where)
+        if wait:
+            self.wait_ready(guest)
+        return guest
+
+    def _define(self, guest: GuestRecord, where: Host) -> None:
+        name = guest.name
         try:
             for disk in guest.disks:
                 where.node.run(["qemu-img", "create", "-q", "-f", disk.format, disk.path, disk.size])
@@ -157,9 +170,6 @@ class Guests:
         except LabError:
             self.delete(name)
             raise
-        if wait:
-            self.wait_ready(guest)
-        return guest
 
     def _admit(
         self, name: str, host: str, memory_mib: int, vcpus: int, disks: tuple[str, ...], network: str
@@ -263,18 +273,22 @@ class Guests:
                 return pid
         raise LabError(f"{name} does not run")
 
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Sends a signal to the guest's QEMU. Raises LabError when it does not run."""
+        os.kill(self.qemu_pid(name), number)
 
-def virsh(host: Host, slot: str, *arguments: str, check: bool = True) -> str:
+
+def virsh(host: Host, slot: str, *arguments: str, check: bool = True, deadline_s: float = VIRSH_DEADLINE_S) -> str:
     """Runs virsh inside of a host, against one of its slots, and returns what it says. Raises LabError."""
     uri = f"qemu+unix:///system?socket=/run/handoff/slots/{slot}/libvirt-sock"
-    done = host.node.run(["virsh", "-q", "-c", uri, *arguments], deadline_s=VIRSH_DEADLINE_S, check=check)
+    done = host.node.run(["virsh", "-q", "-c", uri, *arguments], deadline_s=deadline_s, check=check)
     return done.stdout
 
 
 def _domains(host: Host, slot: str) -> list[Sighting]:
     """All domains of a slot; none when its libvirt does not answer."""
     try:
-        lines = virsh(host, slot, "list", "--all").splitlines()
+        lines = virsh(host, slot, "list", "--all", deadline_s=LIST_DEADLINE_S).splitlines()
     except (LabError, subprocess.SubprocessError):
         return []
     rows = [line.split(None, 2) for line in lines if line.strip()]

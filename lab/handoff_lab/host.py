@@ -7,6 +7,7 @@ takes about 30 MiB/s.
 
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -311,8 +312,10 @@ ethtool -K br-phy tx off >/dev/null
 
     def _bridges(self) -> list[str]:
         """ovs-vsctl's arguments: a bridge for tunnels, and one for guests with a VXLAN port to every other host."""
+        # ovs-vsctl waits for ovs-vswitchd only when it changed something; after a restart it would not.
         words = (
-            "--may-exist add-br br-phy -- set bridge br-phy datapath_type=netdev"
+            f"set Open_vSwitch . external_ids:handoff-lab-start={time.time_ns()}"
+            " -- --may-exist add-br br-phy -- set bridge br-phy datapath_type=netdev"
             f" other_config:hwaddr=02:00:00:20:00:{self.index:02x}"
             " -- --may-exist add-port br-phy vtep1"
             " -- --may-exist add-br br-int -- set bridge br-int datapath_type=netdev"

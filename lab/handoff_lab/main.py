@@ -43,6 +43,14 @@ def become(command: list[str], environment: dict[str, str]) -> NoReturn:
     os.execvpe(command[0], command, {**base_environment(), **terminal, **environment})  # noqa: S606
 
 
+def signal_named(name: str) -> signal.Signals:
+    """KILL or SIGKILL, in any case."""
+    try:
+        return signal.Signals[f"SIG{name.upper().removeprefix('SIG')}"]
+    except KeyError:
+        raise click.UsageError(f"there is no signal {name}") from None
+
+
 @click.group(cls=LabGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.pass_context
 def main(context: click.Context) -> None:
@@ -146,11 +154,7 @@ def restart(fleet: Fleet, node: str, daemon: str) -> None:
 @click.pass_obj
 def kill(fleet: Fleet, node: str, daemon: str, name: str) -> None:
     """Signal a daemon; nothing starts it again before `up` or `restart`."""
-    try:
-        number = signal.Signals[f"SIG{name.upper().removeprefix('SIG')}"]
-    except KeyError:
-        raise click.UsageError(f"there is no signal {name}") from None
-    fleet.daemon(node, daemon).signal(number)
+    fleet.daemon(node, daemon).signal(signal_named(name))
 
 
 @main.command()
@@ -232,6 +236,16 @@ def list_guests(fleet: Fleet, output: str) -> None:
         cells = (row["name"], row["host"] or "-", row["slot"] or "-", row["state"], record.ip)
         table.add_row(*map(str, cells), f"{record.memory_mib} MiB", disks)
     Console().print(table)
+
+
+@guest.command("kill")
+@click.argument("name")
+@click.option("--signal", "signal_name", default="KILL", help="KILL, STOP, CONT…")
+@click.pass_obj
+def kill_guest(fleet: Fleet, name: str, signal_name: str) -> None:
+    """Signal a guest's QEMU."""
+    fleet.lab.guest(name)
+    Guests(fleet).signal(name, signal_named(signal_name))
 
 
 @guest.command()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
 from handoff_lab.state import DEFAULT_PREFIX, Lab

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from handoff_lab.errors import LabError
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
@@ -30,7 +31,7 @@ def pids(fleet: Fleet) -> dict[str, int | None]:
 
 
 def network_namespaces(pids: list[int]) -> set[str]:
-    return {os.readlink(f"/proc/{pid}/ns/net") for pid in pids}
+    return {str(Path(f"/proc/{pid}/ns/net").readlink()) for pid in pids}
 
 
 def namespaces_in_use() -> set[str]:
@@ -38,7 +39,7 @@ def namespaces_in_use() -> set[str]:
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
             try:
-                found.add(os.readlink(process / "ns/net"))
+                found.add(str((process / "ns/net").readlink()))
             except OSError:
                 continue
     return found
@@ -227,3 +228,17 @@ def test_a_directory_that_is_too_long_is_refused() -> None:
 def test_unknown_hosts_are_refused(fleet: Fleet) -> None:
     with pytest.raises(LabError, match="not a host"):
         fleet.power_off("fabric")
+
+
+def test_agents_and_controllers_are_restarted_and_frozen(fleet: Fleet) -> None:
+    before = pids(fleet)
+    fleet.restart("h1", "agent")
+    fleet.daemon("ctl1", "controller").signal(signal.SIGKILL)
+    fleet.daemon("h2", "libvirtd-b").signal(signal.SIGSTOP)
+    fleet.daemon("h2", "libvirtd-b").signal(signal.SIGCONT)
+    assert pids(fleet)["ctl1/controller"] is None
+    fleet.up()
+    after = pids(fleet)
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"h1/agent", "ctl1/controller"}
+    assert None not in after.values()

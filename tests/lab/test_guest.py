@@ -4,11 +4,14 @@ import asyncio
 import json
 import mmap
 import os
+import signal
 import struct
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
 from handoff_lab.journal import REGION_BEGIN, check_image
@@ -21,6 +24,20 @@ pytestmark = pytest.mark.lab
 
 def control(fleet: Fleet, guest: GuestRecord) -> GuestControl:
     return GuestControl(fleet.node("h3"), guest.ip)
+
+
+async def poll(condition: Callable[[], Awaitable[bool]], deadline_s: float = 60) -> None:
+    async with asyncio.timeout(deadline_s):
+        while not await condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def journal_reached(inside: GuestControl, seq: int) -> bool:
+    return (await inside.status()).journal.acked_seq >= seq
+
+
+async def dirtier_passed(inside: GuestControl, passes: int) -> bool:
+    return (await inside.status()).dirty.passes >= passes
 
 
 async def test_a_guest_answers_from_another_host(fleet: Fleet, guests: Guests) -> None:
@@ -60,9 +77,7 @@ async def test_a_cut_link_is_a_silence_that_tcp_survives(fleet: Fleet, guests: G
         await asyncio.sleep(1.5)
         fleet.set_link("h1", up=True, management=False)
         seen = tcp.counters
-        async with asyncio.timeout(20):
-            while tcp.counters < seen + 20:
-                await asyncio.sleep(0.05)
+        await poll(lambda: asyncio.sleep(0, tcp.counters >= seen + 20))
     assert tcp.result().survived
     assert tcp.result().longest_silence_ms > 1400
 
@@ -72,9 +87,7 @@ async def test_the_journal_sees_torn_and_lost_records(fleet: Fleet, guests: Gues
     guest = await asyncio.to_thread(guests.create, "g1", "h1", disks=(disk,))
     inside = control(fleet, guest)
     await inside.journal_start(rate_mib_per_s=2, span_mib=1)
-    async with asyncio.timeout(60):
-        while (await inside.status()).journal.acked_seq < 600:  # more than twice round
-            await asyncio.sleep(0.1)
+    await poll(lambda: journal_reached(inside, 600))  # more than twice round
     last = await inside.journal_stop()
     assert (await inside.journal_verify()).intact
     guests_dir = fleet.lab.shared if guest.disks[0].place == "shared" else fleet.lab.node("h1") / "vms"
@@ -97,6 +110,21 @@ async def test_the_journal_sees_torn_and_lost_records(fleet: Fleet, guests: Gues
         assert check_image(image, "qcow2", last.epoch, last.slots, last.acked_seq).intact
 
 
+async def test_a_killed_guest_is_off_until_it_is_created_again(fleet: Fleet, guests: Guests) -> None:
+    guest = await asyncio.to_thread(guests.create, "g1", "h1", disks=())
+    booted = (await control(fleet, guest).status()).boot_id
+    qemu = guests.qemu_pid("g1")
+    guests.signal("g1", signal.SIGKILL)
+    await poll(lambda: asyncio.to_thread(is_off, guests, "g1"))
+    assert not Path(f"/proc/{qemu}").exists()
+    assert await asyncio.to_thread(guests.create, "g1", "h1", disks=()) == guest
+    assert (await control(fleet, guest).status()).boot_id != booted
+
+
+def is_off(guests: Guests, name: str) -> bool:
+    return [seen.state for seen in guests.find(name)] == ["shut off"]
+
+
 def mix(a: int, b: int) -> int:
     """As in lab/guest/util.c."""
     mask = (1 << 64) - 1
@@ -108,7 +136,7 @@ def mix(a: int, b: int) -> int:
 
 def ram_of(qemu: int) -> Path:
     for descriptor in Path(f"/proc/{qemu}/fd").iterdir():
-        if "memfd" in os.readlink(descriptor) and descriptor.stat().st_size >= 128 << 20:
+        if "memfd" in str(descriptor.readlink()) and descriptor.stat().st_size >= 128 << 20:
             return descriptor
     raise AssertionError("the guest's memory is not a memfd")
 
@@ -117,9 +145,7 @@ async def test_the_dirtier_sees_a_changed_word(fleet: Fleet, guests: Guests) -> 
     guest = await asyncio.to_thread(guests.create, "g1", "h1", disks=())
     inside = control(fleet, guest)
     await inside.dirty(16, 30)
-    async with asyncio.timeout(60):
-        while (await inside.status()).dirty.passes < 3:
-            await asyncio.sleep(0.1)
+    await poll(lambda: dirtier_passed(inside, 3))
     assert (await inside.dirty(8, 20)).bad_pages == 0
     with ram_of(guests.qemu_pid("g1")).open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
         at = memory.find(struct.pack("<Q", mix(1000, 50)))

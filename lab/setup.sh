@@ -4,7 +4,7 @@
 #   HANDOFF_PREFIX   where QEMU 10 and the guest's kernel go, by default /opt/handoff
 #
 # Packages come from the machine's own apt sources. QEMU 10 is unpacked from backports into a prefix of its own, so that
-# the machine's QEMU stays what it is. No service is started and nothing is enabled.
+# the machine's QEMU stays what it is. No service is started.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -13,7 +13,7 @@ prefix=${HANDOFF_PREFIX:-/opt/handoff}
 
 packages=(
   busybox-static ca-certificates cpio etcd-client etcd-server ethtool gcc iproute2 iptables kmod
-  libc6-dev libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu libvirt-dev make openvswitch-switch
+  libc6-dev libvirt-clients libvirt-daemon-driver-qemu libvirt-daemon-system libvirt-dev make openvswitch-switch
   pkg-config procps python3 python3-dev python3-venv qemu-block-extra qemu-system-x86 qemu-utils seabios
   spin util-linux
 )

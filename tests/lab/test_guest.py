@@ -113,10 +113,8 @@ async def test_the_journal_sees_torn_and_lost_records(fleet: Fleet, guests: Gues
 async def test_a_killed_guest_is_off_until_it_is_created_again(fleet: Fleet, guests: Guests) -> None:
     guest = await asyncio.to_thread(guests.create, "g1", "h1", disks=())
     booted = (await control(fleet, guest).status()).boot_id
-    qemu = guests.qemu_pid("g1")
     guests.signal("g1", signal.SIGKILL)
     await poll(lambda: asyncio.to_thread(is_off, guests, "g1"))
-    assert not Path(f"/proc/{qemu}").exists()
     assert await asyncio.to_thread(guests.create, "g1", "h1", disks=()) == guest
     assert (await control(fleet, guest).status()).boot_id != booted
 

@@ -35,14 +35,17 @@ class Process:
 
 
 def processes() -> Iterator[Process]:
-    """Every process that can be seen from here."""
+    """Every process that is in a pid namespace below ours."""
+    ours = str(Path("/proc/self/ns/pid").readlink())
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
             continue
         try:
             namespace = str((entry / "ns/pid").readlink())
+            if namespace == ours:
+                continue
             status = (entry / "status").read_text()
-        except OSError:  # it is gone, or a kernel thread
+        except OSError:  # it is gone
             continue
         inner = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[-1]
         yield Process(int(entry.name), int(inner), namespace)
@@ -192,7 +195,7 @@ def nodes(lab: Lab) -> dict[str, int]:
     """The running nodes of a lab, and the pid of each one's first process."""
     found: dict[str, int] = {}
     for process in processes():
-        if process.inner_pid != 1 or process.pid == 1:
+        if process.inner_pid != 1:
             continue
         marker = environment_of(process.pid).get(MARKER, "")
         directory, _, name = marker.rpartition(":")
@@ -204,7 +207,8 @@ def nodes(lab: Lab) -> dict[str, int]:
 def all_marked(lab: Lab) -> list[int]:
     """Every process that carries the lab's mark, also those of a node that is only half started."""
     prefix = f"{lab.directory}:"
-    return [process.pid for process in processes() if environment_of(process.pid).get(MARKER, "").startswith(prefix)]
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    return [pid for pid in pids if environment_of(pid).get(MARKER, "").startswith(prefix)]
 
 
 def kill_and_wait(pids: Sequence[int]) -> None:

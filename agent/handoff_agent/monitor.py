@@ -163,9 +163,16 @@ class Monitor:
         numbers = cast(Mapping[str, int], release)
         return numbers["major"], numbers["minor"], numbers["micro"]
 
+    async def query_capabilities(self) -> dict[str, bool]:
+        """Reads the migration capabilities that this QEMU knows, and which are on."""
+        reply = cast(Sequence[Mapping[str, Json]], await self.execute("query-migrate-capabilities"))
+        return {str(each["capability"]): bool(each["state"]) for each in reply}
+
     async def set_capabilities(self, capabilities: Mapping[str, bool]) -> None:
         """Switches migration capabilities; those not named stay as they are."""
         states: list[Json] = [{"capability": name, "state": state} for name, state in capabilities.items()]
+        if not states:
+            return
         await self.execute("migrate-set-capabilities", {"capabilities": states})
 
 

@@ -1,8 +1,14 @@
 """QEMU's side of sending a guest, over QMP. Mechanism only; when to do what is for source.py.
 
-QEMU decides by itself to pause the guest when what is left fits threshold = bandwidth x downtime-limit, or is nothing.
-While copying the threshold is as small as it goes, but never 0: then QEMU (10.0) does not look for dirty pages again
-after the first pass, and pauses the guest with all of them still to send.
+QEMU decides by itself to pause the guest when what is left fits threshold = bandwidth x downtime-limit, or is nothing:
+on a fast link a few milliseconds after the first pass. The capability switchover-ack (QEMU 8.1 and later) keeps it from
+that: it waits for a word of the destination, which never comes because the destination does not have the capability on,
+or for the guest to be stopped. So the guest is paused when we say `stop`, and never before, even if the agent is dead.
+
+Older releases are only slowed near the end of a pass, and may be faster than that.
+
+The threshold must never be 0: QEMU (10.0) then doesn't look for dirty pages again after the first pass, and pauses the
+guest with all of them still to send.
 """
 
 from typing import Final
@@ -23,8 +29,7 @@ _CAPABILITIES: Final = {
     "auto-converge": True,
     "events": True,
 }
-# libvirt switches "events" on for its own use.
-_CAPABILITIES_AFTERWARDS: Final = {"return-path": False, "pause-before-switchover": False, "auto-converge": False}
+_GATE: Final = "switchover-ack"
 _THROTTLE: Final[dict[str, Json]] = {"cpu-throttle-initial": 80, "cpu-throttle-increment": 10}
 # QEMU's defaults.
 _PARAMETERS_AFTERWARDS: Final[dict[str, Json]] = {
@@ -44,10 +49,13 @@ class OutgoingMigration:
         self._monitor = monitor
         self._bandwidth = bandwidth_bytes_per_s or UNLIMITED_BYTES_PER_S
         self._has_switchover_bandwidth: bool | None = None
+        self._gated: bool | None = None
 
     async def begin(self, fd: int) -> None:
         """Starts to send over the connected socket `fd`, of which QEMU gets a copy."""
-        await self._monitor.set_capabilities(_CAPABILITIES)
+        gate = {_GATE: True} if _GATE in await self._monitor.query_capabilities() else {}
+        await self._monitor.set_capabilities(_CAPABILITIES | gate)
+        self._gated = bool(gate)
         await self._set(
             {"max-bandwidth": self._bandwidth, "downtime-limit": COPYING_DOWNTIME_MS} | _THROTTLE,
             switchover_bytes_per_s=COPYING_SWITCHOVER_BYTES_PER_S,
@@ -60,12 +68,25 @@ class OutgoingMigration:
         await self._monitor.execute("migrate-set-parameters", {"max-bandwidth": HOLDING_BYTES_PER_S}, urgent=True)
 
     async def go_on(self) -> None:
-        """Copies at full speed; QEMU pauses the guest when a pass finds nothing dirty."""
+        """Copies at full speed again."""
         await self._monitor.execute("migrate-set-parameters", {"max-bandwidth": self._bandwidth}, urgent=True)
 
     async def allow_pause(self, downtime_ms: int, rate_bytes_per_s: float) -> None:
-        """Lets QEMU pause the guest as soon as what is left can be sent in `downtime_ms` at the measured rate."""
-        await self._set({"downtime-limit": downtime_ms}, switchover_bytes_per_s=int(rate_bytes_per_s))
+        """Copies at full speed, and lets QEMU pause the guest once what is left takes `downtime_ms` at that rate."""
+        await self._set(
+            {"max-bandwidth": self._bandwidth, "downtime-limit": downtime_ms},
+            switchover_bytes_per_s=int(rate_bytes_per_s),
+        )
+
+    async def is_gated(self) -> bool:
+        """QEMU does not pause the guest by itself; `stop` lets it send the rest."""
+        if self._gated is None:
+            self._gated = (await self._monitor.query_capabilities()).get(_GATE, False)
+        return self._gated
+
+    async def stop(self) -> None:
+        """Pauses the guest; QEMU sends what is left and goes on to pre-switchover."""
+        await self._monitor.execute("stop", urgent=True)
 
     async def switch(self) -> None:
         """Lets QEMU send the rest, after it has paused the guest."""
@@ -81,7 +102,10 @@ class OutgoingMigration:
 
     async def tidy(self) -> None:
         """Gives QEMU its defaults back, for whoever migrates this guest next."""
-        await self._monitor.set_capabilities(_CAPABILITIES_AFTERWARDS)
+        # libvirt switches "events" on for its own use.
+        on = await self._monitor.query_capabilities()
+        ours = {*_CAPABILITIES, _GATE} - {"events"}
+        await self._monitor.set_capabilities({name: False for name in ours if on.get(name)})
         await self._set(_PARAMETERS_AFTERWARDS, switchover_bytes_per_s=0)
 
     async def _set(self, parameters: dict[str, Json], *, switchover_bytes_per_s: int) -> None:

@@ -5,12 +5,13 @@ QEMU and the agent talk like this (QEMU's states in brackets):
     StartTransfer     migrate                          [active]          TRANSFERRING
                       near the end of a pass: slow down                  READY
     SwitchOver        full speed                       [active]          SWITCHING
-                      STOP event                       [pre-switchover]  deadline armed
+                      little is left: stop                               deadline armed
+                      STOP event, the rest is sent     [pre-switchover]
                       migrate-continue                 [device]
                       everything is at the destination [completed]       HELD
 
-Should QEMU find nothing dirty and pause the guest before SwitchOver, that is READY too, but the guest waits: it runs
-again when the order does not come within UNORDERED_PAUSE_S.
+A QEMU before 8.1 pauses the guest by itself after SwitchOver, or before it when it finds nothing dirty. The latter is
+READY too, but the guest waits: it runs again when the order does not come within UNORDERED_PAUSE_S.
 """
 
 import asyncio
@@ -42,10 +43,17 @@ from handoff_common.errors import DeadlineError, HandoffError, NotFoundError, Pr
 UNORDERED_PAUSE_S: Final = 0.5
 CANCEL_TIMEOUT_S: Final = 5.0
 RESUME_TIMEOUT_S: Final = 10.0
-# After SwitchOver QEMU first gets this long to find a pass without dirty pages, which makes the shortest pause.
-EAGER_S: Final = 0.15
+# After SwitchOver QEMU may first only pause the guest for this share of the allowed time; most guests get by with it.
+FIRST_SHARE_OF_DOWNTIME: Final = 1 / 20
+FULL_LIMIT_AFTER_S: Final = 0.1
 HELD_BACK_POLL_S: Final = 0.5
-ORDERED_POLL_S: Final = 0.05
+ORDERED_POLL_S: Final = 0.005
+# Where QEMU waits for us, the end of a pass may be missed.
+GATED_POLL_S: Final = 0.02
+# More than QEMU does between two looks while it is held back, and a time after which it surely no longer is.
+MOVES_BYTES: Final = 256 << 10
+MOVES_PASSES: Final = 10
+MOVES_AFTER_S: Final = 0.3
 RETRY_S: Final = 0.2
 MAX_SAMPLES: Final = 600
 
@@ -62,6 +70,7 @@ class SourceHandoff(Handoff):
         self._monitor = Monitor(slot, record.domain_uuid)
         self._migration = OutgoingMigration(self._monitor, record.bandwidth_bytes_per_s)
         self._stream: Stream | None = None
+        self._events: Subscription | None = None
         self._job: asyncio.Task[None] | None = None
         self._rescue: asyncio.Task[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -74,7 +83,9 @@ class SourceHandoff(Handoff):
         self._next_look_s = 0.0
         self._held_back = False
         self._ordered_at = 0.0
-        self._full_limit_allowed = False
+        self._allowed_ms = 0
+        self._stop_sent = False
+        self._held_at: MigrationInfo | None = None
         self._paused = False
         self._stopped_s = 0.0
         self._continued = False
@@ -108,6 +119,8 @@ class SourceHandoff(Handoff):
                 return
             self._ordered_at = time.monotonic()
             await asyncio.gather(self.change(state=SWITCHING), self._go())
+            if self._events is not None:
+                self._events.wake()
 
     async def release(self) -> None:
         """Destroys the held copy and undefines the guest here."""
@@ -167,6 +180,7 @@ class SourceHandoff(Handoff):
             await self._drive(events)
 
     async def _drive(self, events: Subscription) -> None:
+        self._events = events
         while not self._over:
             event = await events.next_within(self._next_look_s)
             try:
@@ -189,8 +203,6 @@ class SourceHandoff(Handoff):
                 self._stopped_s = event.time_s
             case MonitorEvent(event="MIGRATION"):
                 await self._act(MigrationStatus.parse(str(event.data.get("status"))))
-            case MonitorEvent(event="MIGRATION_PASS") if not self._ordered_at:
-                self._next_look_s = 0.0
             case LifecycleEvent(kind="stopped" | "crashed"):
                 await self._notice_end()
 
@@ -204,7 +216,7 @@ class SourceHandoff(Handoff):
             await self._act(info.status)
         if self._over:
             return
-        if self._paused:
+        if self._paused or self._stop_sent:
             self._next_look_s = HELD_BACK_POLL_S
         elif info.status is MigrationStatus.ACTIVE:
             await self._judge(info)
@@ -227,22 +239,26 @@ class SourceHandoff(Handoff):
         settings = ConvergenceSettings(self.record.downtime_limit_ms)
         self._samples = [*self._samples[-MAX_SAMPLES:], sample]
         decision = decide(self._samples, settings)
+        if not self._held_back and not self._ordered_at:
+            self._rate_bytes_per_s = sample.rate_bytes_per_s
         self.progress = _progress(info, sample, decision.reason)
         if self._ordered_at:
             self._next_look_s = ORDERED_POLL_S
+            await self._stop_if_little_is_left(info)
         elif decision.action is Action.READY:
             self._next_look_s = HELD_BACK_POLL_S
             if not self._held_back:
-                self._rate_bytes_per_s = sample.rate_bytes_per_s
                 await self._migration.hold()
                 self._held_back = True
+            self._held_at = info
             if self.state == TRANSFERRING:
                 await self.change(state=READY)
         else:
-            self._next_look_s = next_look_s(sample, settings)
+            shortest_s = GATED_POLL_S if await self._migration.is_gated() else 0.0
+            self._next_look_s = max(next_look_s(sample, settings), shortest_s)
             if self._held_back:
                 await self._migration.go_on()
-                self._held_back = False
+                self._held_back, self._held_at = False, None
             if self.state == READY:
                 await self.change(state=TRANSFERRING)
 
@@ -278,16 +294,39 @@ class SourceHandoff(Handoff):
                 self._arm(self.record.switch_deadline_s)
                 self._continued = True
                 await self._migration.switch()
-            elif self._held_back:
-                await self._migration.go_on()
-                self._held_back = False
-            elif not self._full_limit_allowed and time.monotonic() - self._ordered_at > EAGER_S:
-                await self._migration.allow_pause(self.record.downtime_limit_ms, self._rate_bytes_per_s)
-                self._full_limit_allowed = True
+            elif not self._allowed_ms:
+                await self._allow(max(1, int(self.record.downtime_limit_ms * FIRST_SHARE_OF_DOWNTIME)))
+            elif (
+                self._allowed_ms < self.record.downtime_limit_ms
+                and time.monotonic() - self._ordered_at > FULL_LIMIT_AFTER_S
+            ):
+                await self._allow(self.record.downtime_limit_ms)
         except HandoffError as error:
             self._continued = False
             self._next_look_s = RETRY_S
             self.log.warning("switch", error=error.message)
+
+    async def _stop_if_little_is_left(self, info: MigrationInfo) -> None:
+        """Pauses the guest once what is left fits. QEMU looks for dirty pages all the time near the end of a pass."""
+        if self._stop_sent or not self._allowed_ms or not await self._migration.is_gated():
+            return
+        # It is held back for up to 100 ms after the order; a guest stopped before that would wait for it.
+        moves = (
+            self._held_at is None
+            or info.ram_transferred_bytes > self._held_at.ram_transferred_bytes + MOVES_BYTES
+            or info.iterations > self._held_at.iterations + MOVES_PASSES
+            or time.monotonic() - self._ordered_at > MOVES_AFTER_S
+        )
+        left_ms = 1000 * info.ram_remaining_bytes / max(self._rate_bytes_per_s, 1.0)
+        if moves and left_ms <= self._allowed_ms:
+            self._stop_sent = True
+            self._stopped_s = time.time()
+            self._arm(self.record.switch_deadline_s)
+            await self._migration.stop()
+
+    async def _allow(self, downtime_ms: int) -> None:
+        await self._migration.allow_pause(downtime_ms, self._rate_bytes_per_s)
+        self._allowed_ms = downtime_ms
 
     async def _on_pause(self) -> None:
         if not self._paused:

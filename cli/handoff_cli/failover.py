@@ -13,6 +13,7 @@ from handoff_common.errors import (
     ConflictError,
     DeadlineError,
     HandoffError,
+    HostDownError,
     InvalidArgumentError,
     NotFoundError,
     PreconditionError,
@@ -195,7 +196,7 @@ class Failover:
                 answer = await call(channel, min(try_s, left_s))
             except grpc.aio.AioRpcError as error:
                 problem = self._explained(error, address)
-                if not isinstance(problem, RETRIED):
+                if not isinstance(problem, RETRIED) or isinstance(problem, HostDownError):
                     raise problem from error
                 # A connection that is still up means that the controller itself said so.
                 if self._is_connected(address) and not isinstance(problem, DeadlineError):

@@ -76,8 +76,10 @@ def format_ms(milliseconds: float) -> str:
 
 def format_duration(seconds: float) -> str:
     """Any time: "84 ms", "4.20 s", "30 s", "3 min 12 s", "2 h 5 min", "3 d 4 h"."""
+    if seconds <= 0:
+        return "0 s"
     if seconds < 0.9995:
-        return f"{max(0.0, seconds) * 1000:.0f} ms"
+        return f"{seconds * 1000:.0f} ms"
     if seconds < 59.95:
         text = f"{seconds:.2f}" if seconds < 9.995 else f"{seconds:.1f}"
         return f"{text.removesuffix('.00').removesuffix('.0')} s"

@@ -60,11 +60,18 @@ class UnavailableError(HandoffError):
     code = grpc.StatusCode.UNAVAILABLE
 
 
+class HostDownError(UnavailableError):
+    """A host's agent can't be reached: asking another controller would not help (UNAVAILABLE)."""
+
+
 class DeadlineError(HandoffError):
     """No answer in time; whether it took effect is not known (DEADLINE_EXCEEDED)."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
+
+# Trailing metadata of a failed call: the class of the error, where the status alone is not enough.
+KIND_TRAILER = "handoff-error"
 
 _BY_CODE: dict[grpc.StatusCode, type[HandoffError]] = {
     kind.code: kind
@@ -83,6 +90,8 @@ _BY_CODE: dict[grpc.StatusCode, type[HandoffError]] = {
 def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> HandoffError:
     """Turns a client's gRPC error into ours. `peer` names the other side in messages that gRPC itself wrote."""
     kind = _BY_CODE.get(error.code(), HandoffError)
+    if dict(error.trailing_metadata() or ()).get(KIND_TRAILER) == HostDownError.__name__:
+        kind = HostDownError
     details = error.details() or error.code().name
     if "failed to connect to all addresses" in details:
         details = f"can't be reached ({details.rsplit(': ', 1)[-1]})"

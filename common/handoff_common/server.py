@@ -17,7 +17,7 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from handoff_common.errors import HandoffError
+from handoff_common.errors import KIND_TRAILER, HandoffError
 
 log = structlog.get_logger()
 
@@ -88,7 +88,7 @@ def _guarded_stream(
 
 async def _abort(method: str, context: Context, error: Exception) -> NoReturn:
     if isinstance(error, HandoffError):
-        await context.abort(error.code, error.message)
+        await context.abort(error.code, error.message, ((KIND_TRAILER, type(error).__name__),))
     log.error("rpc failed", method=method, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 

@@ -90,10 +90,8 @@ def _figures(migration: Migration) -> Iterator[tuple[str, str | Text]]:
     if outcome.downtime_ms:
         yield "Guest pause", format_ms(outcome.downtime_ms)
     if outcome.paused_to_held_ms:
-        yield (
-            "  paused → held",
-            f"{format_ms(outcome.paused_to_held_ms)} (QEMU's own downtime {format_ms(outcome.qemu_downtime_ms)})",
-        )
+        qemus = f" (QEMU's own downtime {format_ms(outcome.qemu_downtime_ms)})" if outcome.qemu_downtime_ms else ""
+        yield "  paused → held", f"{format_ms(outcome.paused_to_held_ms)}{qemus}"
     if outcome.held_to_committed_ms:
         yield "  held → committed", format_ms(outcome.held_to_committed_ms)
     if outcome.committed_to_running_ms:

@@ -16,6 +16,7 @@ from handoff_common.errors import (
     ConflictError,
     DeadlineError,
     ExhaustedError,
+    HostDownError,
     NotFoundError,
     PreconditionError,
     UnavailableError,
@@ -66,7 +67,7 @@ async def test_the_deadline_holds_for_all_tries_together(frozen: str) -> None:
         assert time.monotonic() - began < failover.GREETING_S + 1
 
 
-@pytest.mark.parametrize("kind", [NotFoundError, PreconditionError, ExhaustedError])
+@pytest.mark.parametrize("kind", [NotFoundError, PreconditionError, ExhaustedError, HostDownError])
 async def test_a_refusal_is_final_and_told_as_it_is(
     kind: type[NotFoundError], start_controller: StartController
 ) -> None:

@@ -18,6 +18,7 @@ from handoff_common.errors import (
     ConflictError,
     ExhaustedError,
     HandoffError,
+    HostDownError,
     InvalidArgumentError,
     NotFoundError,
     PreconditionError,
@@ -72,8 +73,10 @@ def test_help_names_every_command_and_exit_status() -> None:
         assert what in command_help.output
         assert "--controller" in command_help.output
         assert "--output" in command_help.output
+    documented = (Path(__file__).parents[3] / "docs" / "cli.md").read_text()
     for status in Exit:
         assert f"{status:5}  " in EXIT_HELP
+        assert f"| {status} |" in documented
 
 
 @pytest.mark.parametrize(
@@ -145,6 +148,7 @@ async def test_what_can_be_no_address_is_refused(handoff: Handoff, address: str)
         (NotFoundError("no guest 'web-1'; `handoff guests` lists them"), Exit.NOT_FOUND),
         (PreconditionError("web-1 can't move: a CD-ROM of this host is in its drive; eject it"), Exit.REFUSED),
         (ExhaustedError("h2 has 1 GiB free, web-1 needs 4 GiB; choose another host"), Exit.EXHAUSTED),
+        (HostDownError("can't move web-1 to h2: agent of h2 (10.0.0.2:7701): connection refused"), Exit.UNAVAILABLE),
         (HandoffError("KeyError: 'x'"), Exit.INTERNAL),
     ],
 )

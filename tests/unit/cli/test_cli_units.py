@@ -77,7 +77,7 @@ def test_a_duration_is_read_back_within_a_few_percent(seconds: float) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "0 ms"),
+        (0, "0 s"),
         (0.0842, "84 ms"),
         (2, "2 s"),
         (4.2, "4.20 s"),

@@ -8,8 +8,15 @@ from datetime import UTC, datetime, timedelta
 from handoff.agent.v1.types_pb2 import Fence
 from handoff.controller.v1.guests_pb2 import Guest
 from handoff.controller.v1.migrations_pb2 import CreateMigrationRequest, Migration, MigrationOptions, Placement
-from handoff_common.errors import HandoffError, InvalidArgumentError, PreconditionError
-from handoff_controller.agents import Agents
+from handoff_common.errors import (
+    DeadlineError,
+    HandoffError,
+    HostDownError,
+    InvalidArgumentError,
+    PreconditionError,
+    UnavailableError,
+)
+from handoff_controller.agents import Agents, GrpcAgent
 from handoff_controller.machine import State, enter
 from handoff_controller.store import Reader
 
@@ -88,19 +95,27 @@ class Planner:
             options=options,
         )
         migration.create_time.FromDatetime(now)
-        found, host = await asyncio.gather(
-            source.prepare_source(self._fence, migration.id, guest.uuid, validate_only=True),
+        try:
+            await self._check_hosts(migration, source, destination)
+        except HandoffError as error:
+            raise _explained(error, migration) from error
+        return enter(migration, State.PLANNED, at=now, term=self._fence.term)
+
+    async def _check_hosts(self, migration: Migration, source: GrpcAgent, destination: GrpcAgent) -> None:
+        """Asks both agents whether they could, as far as that can be told without doing it."""
+        guest, host = await asyncio.gather(
+            source.prepare_source(self._fence, migration.id, migration.guest_uuid, validate_only=True),
             destination.get_host(),
             return_exceptions=True,
         )
-        for problem in (host, found):
-            if isinstance(problem, BaseException):
-                raise self._explained(problem, guest, request.destination_host)
-        assert not isinstance(found, BaseException)
+        # The destination first: a host that is down is the plainer reason.
+        if isinstance(host, BaseException):
+            raise host
+        if isinstance(guest, BaseException):
+            raise guest
         await destination.prepare_destination(
-            self._fence, migration.id, found, migration.destination.slot, validate_only=True
+            self._fence, migration.id, guest, migration.destination.slot, validate_only=True
         )
-        return enter(migration, State.PLANNED, at=now, term=self._fence.term)
 
     def _check_free(self, guest: Guest, destination: str) -> None:
         if guest.owner.host == destination:
@@ -116,9 +131,8 @@ class Planner:
                 "find out which copy is right and destroy the others first"
             )
 
-    @staticmethod
-    def _explained(problem: BaseException, guest: Guest, destination: str) -> BaseException:
-        """The same error, saying that nothing has been done."""
-        if not isinstance(problem, HandoffError):
-            return problem
-        return type(problem)(f"can't move {guest.name} to {destination}: {problem.message}")
+
+def _explained(problem: HandoffError, migration: Migration) -> HandoffError:
+    """The same error, saying what it is in the way of; a host that is down is told from a controller that is."""
+    kind = HostDownError if isinstance(problem, UnavailableError | DeadlineError) else type(problem)
+    return kind(f"can't move {migration.guest_name} to {migration.destination.host}: {problem.message}")

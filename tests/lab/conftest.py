@@ -3,10 +3,11 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from moves import Moves, Subject
 
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
@@ -65,3 +66,16 @@ def spare() -> Iterator[Fleet]:
         yield Fleet(lab)
     finally:
         _end(lab)
+
+
+@pytest.fixture(scope="session")
+async def moves(fleet: Fleet) -> AsyncIterator[Moves]:
+    """The session's fleet as clients of its controllers see it."""
+    async with Moves(fleet) as found:
+        yield found
+
+
+@pytest.fixture
+async def subject(moves: Moves, guests: Guests) -> Subject:
+    """A guest on h1 that the test may move. A new one each time: what one test did to it is no other test's matter."""
+    return await Subject.create(moves, "mover", "h1")

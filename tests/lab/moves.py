@@ -1,0 +1,231 @@
+"""What the tests of moves share: the controllers' API, who leads, and whether anything is left of a move."""
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import grpc.aio
+
+from handoff.agent.v1.qemu_pb2 import HandoffState, ListHandoffsRequest
+from handoff.agent.v1.qemu_pb2_grpc import QemuServiceStub
+from handoff.controller.v1.guests_pb2 import GetGuestRequest, Guest
+from handoff.controller.v1.guests_pb2_grpc import GuestsServiceStub
+from handoff.controller.v1.migrations_pb2 import (
+    CancelMigrationRequest,
+    CreateMigrationRequest,
+    GetMigrationRequest,
+    Migration,
+    MigrationOptions,
+    WatchMigrationRequest,
+)
+from handoff.controller.v1.migrations_pb2_grpc import MigrationsServiceStub
+from handoff_common.channel import open_channel
+from handoff_controller.machine import FINAL, State, state_of
+from handoff_controller.settle import SETTLED
+from handoff_lab.fleet import Fleet
+from handoff_lab.guest import Guests
+from handoff_lab.host import Host
+from handoff_lab.probe import GuestControl, GuestStatus
+from handoff_lab.state import GuestRecord
+
+OBSERVER = "h3"
+CALL_S = 20.0
+MOVE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Leader:
+    """Who leads: the controller's name and its term."""
+
+    name: str
+    term: int
+
+
+class Moves:
+    """The fleet's controllers, as a client sees them."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.controllers = [node.name for node in fleet.status() if node.name.startswith("ctl")]
+        self._channels = {name: open_channel(f"unix:{fleet.lab.controller_socket(name)}") for name in self.controllers}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+    def api(self, controller: str | None = None) -> MigrationsServiceStub:
+        """The migrations of one controller; by default of the first."""
+        return MigrationsServiceStub(self._channels[controller or self.controllers[0]])
+
+    async def leader(self) -> Leader | None:
+        """The leader by etcd's word."""
+        answer = await asyncio.to_thread(
+            self.fleet.node("etcd1").run, ["etcdctl", "get", "--prefix", "/handoff/v1/leader/", "-w", "json"]
+        )
+        candidates = json.loads(answer.stdout).get("kvs", [])
+        if not candidates:
+            return None
+        first = min(candidates, key=lambda candidate: candidate["create_revision"])
+        return Leader(json.loads(base64.b64decode(first["value"]))["name"], first["create_revision"])
+
+    async def wait_leader(self, other_than: str | None = None, deadline_s: float = 30) -> Leader:
+        """Waits for a leader, or for another one."""
+        async with asyncio.timeout(deadline_s):
+            while True:
+                leader = await self.leader()
+                if leader is not None and leader.name != other_than:
+                    return leader
+                await asyncio.sleep(0.1)
+
+    async def create(
+        self, guest: str, host: str, options: MigrationOptions | None = None, controller: str | None = None
+    ) -> Migration:
+        """Creates a migration; raises AioRpcError when it is refused."""
+        request = CreateMigrationRequest(guest=guest, destination_host=host, options=options or MigrationOptions())
+        return (await self.api(controller).CreateMigration(request, timeout=CALL_S)).migration
+
+    async def cancel(self, migration_id: str) -> Migration:
+        """Asks for the abort."""
+        return (await self.api().CancelMigration(CancelMigrationRequest(id=migration_id), timeout=CALL_S)).migration
+
+    async def get(self, migration_id: str, controller: str | None = None) -> Migration:
+        """The record."""
+        request = GetMigrationRequest(id=migration_id)
+        return (await self.api(controller).GetMigration(request, timeout=CALL_S)).migration
+
+    async def watch(self, migration_id: str, controller: str | None = None) -> AsyncIterator[Migration]:
+        """The record as it changes."""
+        call = self.api(controller).WatchMigration(WatchMigrationRequest(id=migration_id), timeout=MOVE_S)
+        try:
+            async for update in call:
+                yield update.migration
+        finally:
+            call.cancel()
+
+    async def reaches(self, migration_id: str, state: State, controller: str | None = None) -> Migration:
+        """Waits until the migration is in `state`. Fails when it ends in another."""
+        async with aclosing(self.watch(migration_id, controller)) as updates:
+            async for migration in updates:
+                if state_of(migration) is state:
+                    return migration
+                assert state_of(migration) not in FINAL, f"not {state.name} but {story(migration)}"
+        raise AssertionError(f"the watch ended before {state.name}")
+
+    async def ends(self, migration_id: str, controller: str | None = None) -> Migration:
+        """Waits for the final state."""
+        async with aclosing(self.watch(migration_id, controller)) as updates:
+            async for migration in updates:
+                if state_of(migration) in FINAL:
+                    return migration
+        raise AssertionError("the watch ended before the migration")
+
+    async def guest(self, name: str) -> Guest:
+        """The controller's record of a guest."""
+        stub = GuestsServiceStub(self._channels[self.controllers[0]])
+        return (await stub.GetGuest(GetGuestRequest(guest=name), timeout=CALL_S)).guest
+
+    async def known(self, name: str) -> Guest:
+        """Waits until the controller has seen a new guest."""
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    return await self.guest(name)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is not grpc.StatusCode.NOT_FOUND:
+                        raise
+                await asyncio.sleep(0.1)
+
+
+def story(migration: Migration) -> str:
+    """A migration in a line, for messages."""
+    states = " → ".join(State(change.state).name for change in migration.timeline)
+    return f"{states}: {migration.error} {list(migration.warnings)}"
+
+
+class Subject:
+    """The guest that a test moves, and what it must still be afterwards."""
+
+    def __init__(self, moves: Moves, record: GuestRecord, before: GuestStatus) -> None:
+        self.moves = moves
+        self.fleet = moves.fleet
+        self.record = record
+        self.name = record.name
+        self.inside = GuestControl(self.fleet.node(OBSERVER), record.ip)
+        self._before = before
+
+    @classmethod
+    async def create(cls, moves: Moves, name: str, host: str, memory_mib: int = 128) -> "Subject":
+        """Boots the guest and waits until the controller knows it."""
+        record = await asyncio.to_thread(Guests(moves.fleet).create, name, host, memory_mib)
+        before = await GuestControl(moves.fleet.node(OBSERVER), record.ip).status()
+        await moves.known(name)
+        return cls(moves, record, before)
+
+    async def host(self) -> str:
+        """Where it runs, by libvirt's word. Fails when it runs nowhere, or twice."""
+        return (await asyncio.to_thread(Guests(self.fleet).running_on, self.name)).name
+
+    async def away(self) -> str:
+        """The one of h1 and h2 where it does not run."""
+        return "h2" if await self.host() == "h1" else "h1"
+
+    async def must_be_at(self, host: str) -> None:
+        """It runs there and nowhere else, was never rebooted, and nothing is left of any move."""
+        assert await self.host() == host
+        status = await self.inside.status()
+        assert status.boot_id == self._before.boot_id, "the guest rebooted"
+        assert status.monotonic_ns > self._before.monotonic_ns, "the guest's clock went back"
+        assert status.dirty.bad_pages == 0
+        assert status.journal.write_errors == 0
+        await self._nothing_left(host)
+        guest = await self.moves.guest(self.name)
+        assert guest.owner.host == host
+        assert guest.active_migration == ""
+        assert list(guest.conflicts) == []
+
+    async def _nothing_left(self, home: str, deadline_s: float = 20) -> None:
+        until = asyncio.get_running_loop().time() + deadline_s
+        while leftovers := await self._leftovers(home):
+            assert asyncio.get_running_loop().time() < until, leftovers
+            await asyncio.sleep(0.2)
+
+    async def _leftovers(self, home: str) -> list[str]:
+        found: list[str] = []
+        sightings = await asyncio.to_thread(Guests(self.fleet).find, self.name)
+        found += [f"{seen.host}/{seen.slot}: {seen.state}" for seen in sightings if seen.host != home]
+        found += [f"at home: {seen.state}" for seen in sightings if seen.host == home and seen.state != "running"]
+        for host in (Host(self.fleet.lab, n) for n in range(1, self.fleet.lab.require_config().hosts + 1)):
+            if host.node.pid() is None:
+                continue
+            listing = await asyncio.to_thread(host.node.run, ["ss", "-Htan"])
+            for line in listing.stdout.splitlines():
+                state, _, _, local, peer, *_ = line.split()
+                port = int(local.rpartition(":")[2]), int(peer.rpartition(":")[2]) if peer[-1] != "*" else 0
+                if state != "TIME-WAIT" and any(49152 <= number <= 49215 for number in port):
+                    found.append(f"{host.name}: {line}")
+            ports = await asyncio.to_thread(host.node.run, ["ovs-vsctl", "list-ports", "br-int"])
+            taps = [port for port in ports.stdout.split() if port.startswith("vnet")]
+            owned = [
+                guest for guest in await asyncio.to_thread(Guests(self.fleet).sightings) if guest.host == host.name
+            ]
+            if len(taps) > sum(guest.state == "running" for guest in owned):
+                found.append(f"{host.name}: switch ports {taps}")
+            found += [f"{host.name}: {left}" for left in await unsettled(self.fleet, host.name)]
+        return found
+
+
+async def unsettled(fleet: Fleet, host: str) -> list[str]:
+    """Handoffs that an agent has not ended."""
+    async with open_channel(f"unix:{fleet.lab.agent_socket(host)}") as channel:
+        answer = await QemuServiceStub(channel).ListHandoffs(ListHandoffsRequest(), timeout=CALL_S)
+    return [f"{one.migration_id} {HandoffState.Name(one.state)}" for one in answer.handoffs if one.state not in SETTLED]

@@ -148,6 +148,7 @@ class SourceHandoff(Handoff):
         """Takes up what an earlier life of this agent began."""
         if self.state in COPYING_STATES:
             self._ordered_at = time.monotonic() if self.state == SWITCHING else 0.0
+            self._held_back = self.state == READY
             self._own(self._rejoin())
 
     async def detach(self) -> None:

@@ -1,6 +1,7 @@
 """Keeps the records of hosts and guests true: the leader looks at every agent, at each event and every few seconds."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from datetime import UTC, datetime
 
@@ -119,11 +120,19 @@ class Fleet:
         self._reported[name] = {domain.uuid for domain in domains}
         changes = reconcile(name, domains, guests, self._reported)
         for guest in changes.written:
-            log.info("guest", guest=guest.name, owner=guest.owner.host, conflicts=list(guest.conflicts))
-            await self._store.put_guest(guest)
+            await self._write(self._store.put_guest, guest, "guest")
         for guest in changes.forgotten:
-            log.info("guest gone", guest=guest.name, owner=guest.owner.host)
-            await self._store.delete_guest(guest)
+            await self._write(self._store.delete_guest, guest, "guest gone")
+
+    @staticmethod
+    async def _write(write: Callable[[Guest], Awaitable[None]], guest: Guest, event: str) -> None:
+        try:
+            await write(guest)
+        except ConflictError:
+            # Another look, or a migration, was faster: it saw what is newer, or the next look will.
+            log.debug("guest changed meanwhile", guest=guest.name)
+        else:
+            log.info(event, guest=guest.name, owner=guest.owner.host, conflicts=list(guest.conflicts))
 
 
 def _same(last: Host, now: Host) -> bool:

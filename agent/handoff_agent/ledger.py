@@ -63,11 +63,12 @@ class Ledger:
     """The records of one agent. Blocking: call it on a thread."""
 
     def __init__(self, state_dir: Path) -> None:
+        """Makes the folder. Only its owner may read it: definitions have secrets in them."""
         self._folder = state_dir / "handoffs"
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def load(self, now_s: float) -> list[Record]:
         """Reads all records. Forgets those that have been final for a week; sets one aside that can't be read."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         return list(self._read_all(now_s))
 
     def save(self, record: Record) -> None:

@@ -45,7 +45,7 @@ class EtcdMember:
         options = {
             "name": self.name,
             "data-dir": str(self.node.directory / "data"),
-            "listen-client-urls": own_client,
+            "listen-client-urls": f"{own_client},http://127.0.0.1:{CLIENT_PORT}",
             "advertise-client-urls": own_client,
             "listen-peer-urls": own_peer,
             "initial-advertise-peer-urls": own_peer,
@@ -53,6 +53,8 @@ class EtcdMember:
             "initial-cluster-token": "handoff-lab",
             "heartbeat-interval": str(HEARTBEAT_MS),
             "election-timeout": str(ELECTION_MS),
+            "auto-compaction-mode": "periodic",
+            "auto-compaction-retention": "1h",
             "log-outputs": "stderr",
             "logger": "zap",
         }

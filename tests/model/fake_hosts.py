@@ -30,7 +30,7 @@ from handoff_agent.rules import (
     Role,
     judge,
 )
-from handoff_common.errors import NotFoundError, PreconditionError
+from handoff_common.errors import DeadlineError, NotFoundError, PreconditionError
 from handoff_controller.machine import State
 
 UUID = "11111111-2222-3333-4444-555555555555"
@@ -42,6 +42,7 @@ REPORT_S = 0.05
 RESUME_S = 0.02
 SWITCH_DEADLINE_S = 2.0
 TICK_S = 0.5
+LIBVIRT_TIMEOUT_S = 5.0
 
 
 class Copy(Enum):
@@ -83,7 +84,8 @@ class Bugs:
 
     ignores_terms: bool = False
     resumes_held_after_s: float | None = None
-    forgets_finished: bool = False
+    fails_when_it_does_not_know: bool = False
+    """A copy that could not be run in time is called FAILED, though it may be there and run yet."""
 
 
 class FakeHost:
@@ -102,6 +104,11 @@ class FakeHost:
         self._lock = asyncio.Lock()
         self._changed = asyncio.Condition()
         self._told_to_switch = asyncio.Event()
+        self._frozen_until = 0.0
+
+    def freeze(self, for_s: float) -> None:
+        """Its libvirtd does not answer for a while. QEMU goes on."""
+        self._frozen_until = asyncio.get_running_loop().time() + for_s
 
     @property
     def copy(self) -> Copy:
@@ -234,8 +241,6 @@ class FakeHost:
                 handoff.never_ran = self.copy is not Copy.RUNNING
                 self._guest.set(self.name, Copy.GONE)
             self._to(handoff, ABORTED, reason)
-            if self.bugs.forgets_finished:
-                del self.handoffs[migration_id, role]
 
         return await self._order(fence, Call.ABORT, migration_id, role, work)
 
@@ -252,8 +257,20 @@ class FakeHost:
                 raise PreconditionError(verdict.message)
             handoff = known or pb.Handoff(migration_id=migration_id, role=role, domain_uuid=UUID, domain_name=NAME)
             if verdict.answer is Answer.PROCEED:
-                await work(handoff)
+                if asyncio.get_running_loop().time() < self._frozen_until:
+                    await self._time_out(call, handoff)
+                else:
+                    await work(handoff)
             return _copied(handoff)
+
+    async def _time_out(self, call: Call, handoff: pb.Handoff) -> None:
+        if call is Call.ACTIVATE:
+            self._guest.told_to_run.add(self.name)
+        await asyncio.sleep(LIBVIRT_TIMEOUT_S)
+        if call is Call.ACTIVATE and self.bugs.fails_when_it_does_not_know and handoff.state == PREPARED:
+            self._to(handoff, FAILED, "libvirt does not answer")
+        else:
+            raise DeadlineError("libvirt does not answer")
 
     async def _transfer(self, handoff: pb.Handoff) -> None:
         """QEMU's migration, from its start until the guest is held or runs on."""

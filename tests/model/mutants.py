@@ -64,6 +64,10 @@ MUTANTS: dict[str, tuple[Mutant, tuple[Trouble, ...]]] = {
         Mutant(compares_revisions=False),
         (Trouble(AT_THE_COMMIT, Kind.LATE, 0.0, 3.0),),
     ),
+    "a destination that calls FAILED what it does not know": (
+        Mutant(agents=Bugs(fails_when_it_does_not_know=True)),
+        (Trouble(AT_THE_COMMIT, Kind.DESTINATION_FREEZES, 0.0, 12.0),),
+    ),
     "an unanswered commit taken for a failed one": (
         Mutant(driver=ForgetsThatTheCommitMayCome),
         (Trouble(AT_THE_COMMIT, Kind.ANSWER_LOST, 0.0, 0.0),),

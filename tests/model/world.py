@@ -76,6 +76,9 @@ class Kind(Enum):
     SOURCE_CUT = auto()
     """The controllers don't reach the source's agent for `delay_s`."""
     DESTINATION_CUT = auto()
+    SOURCE_FREEZES = auto()
+    """Its libvirtd does not answer for `delay_s`."""
+    DESTINATION_FREEZES = auto()
     ETCD_CUT = auto()
 
 
@@ -401,6 +404,10 @@ class World:
                 self.network.cut(self.source, trouble.delay_s)
             case Kind.DESTINATION_CUT:
                 self.network.cut(self.destination, trouble.delay_s)
+            case Kind.SOURCE_FREEZES:
+                self.hosts[self.source].freeze(trouble.delay_s)
+            case Kind.DESTINATION_FREEZES:
+                self.hosts[self.destination].freeze(trouble.delay_s)
             case Kind.ETCD_CUT:
                 self.network.cut("etcd", trouble.delay_s)
 

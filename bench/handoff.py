@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
+import grpc
+import grpc.aio
 
 from bench.pauses import PauseWatch, watch_pauses
 from handoff.controller.v1.guests_pb2 import GetGuestRequest
@@ -65,10 +67,14 @@ class Bench:
         self._pauses = pauses
         self.ours, self.virsh = Series(), Series()
         self.parts: list[dict[str, float]] = []
-        self._channel = open_channel(f"unix:{fleet.lab.controller_socket('ctl1')}")
 
     async def run(self, rounds: int) -> None:
         """Measures `2 * rounds` moves of each kind."""
+        async with open_channel(f"unix:{self._fleet.lab.controller_socket('ctl1')}") as channel:
+            self._guests, self._migrations = GuestsServiceStub(channel), MigrationsServiceStub(channel)
+            await self._run(rounds)
+
+    async def _run(self, rounds: int) -> None:
         control = GuestControl(self._fleet.node("h3"), self._guest.ip)
         await control.dirty(DIRTY_MIB, DIRTY_MIB_PER_S)
         for number in range(rounds + 1):
@@ -92,27 +98,30 @@ class Bench:
         status = await control.dirty_off()
         if status.bad_pages:
             raise click.ClickException(f"{status.bad_pages} pages of the guest's memory are wrong")
-        await self._channel.close()
 
     async def _settled(self, host: str) -> None:
         """Waits until the controller knows that the guest is there, and the machine is quiet again."""
-        guests = GuestsServiceStub(self._channel)
         async with asyncio.timeout(DEADLINE_S):
-            while True:
-                guest = (await guests.GetGuest(GetGuestRequest(guest=self._guest.uuid), timeout=5)).guest
-                if guest.owner.host == host and not guest.active_migration and not guest.conflicts:
-                    break
+            while not await self._is_at(host):
                 await asyncio.sleep(0.1)
         await asyncio.sleep(SETTLE_S)
 
+    async def _is_at(self, host: str) -> bool:
+        try:
+            guest = (await self._guests.GetGuest(GetGuestRequest(guest=self._guest.uuid), timeout=5)).guest
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
+            return False
+        return guest.owner.host == host and not guest.active_migration and not guest.conflicts
+
     async def _ours(self, source: str, destination: str) -> float:
-        api = MigrationsServiceStub(self._channel)
         began = time.monotonic()
         request = CreateMigrationRequest(guest=self._guest.name, destination_host=destination)
-        created = (await api.CreateMigration(request, timeout=DEADLINE_S)).migration
+        created = (await self._migrations.CreateMigration(request, timeout=DEADLINE_S)).migration
         accepted = time.monotonic()
         last = created
-        async with aclosing(_updates(api, created.id)) as updates:
+        async with aclosing(self._updates(created.id)) as updates:
             async for update in updates:
                 last = update
         total_ms = 1000 * (time.monotonic() - began)
@@ -130,6 +139,16 @@ class Bench:
         began = time.monotonic()
         await asyncio.to_thread(node.run, command, "", DEADLINE_S)
         return 1000 * (time.monotonic() - began)
+
+    async def _updates(self, migration_id: str) -> AsyncGenerator[Migration, None]:
+        call = self._migrations.WatchMigration(WatchMigrationRequest(id=migration_id), timeout=DEADLINE_S)
+        try:
+            async for update in call:
+                yield update.migration
+                if state_of(update.migration) in FINAL:
+                    return
+        finally:
+            call.cancel()
 
     def report(self) -> dict[str, object]:
         """What is written to out/bench/handoff.json."""
@@ -152,17 +171,6 @@ class Bench:
             "load_average": os.getloadavg(),
             "where_ours_went_ms": {"median": medians, "each": self.parts},
         }
-
-
-async def _updates(api: "MigrationsServiceStub", migration_id: str) -> AsyncGenerator[Migration, None]:
-    call = api.WatchMigration(WatchMigrationRequest(id=migration_id), timeout=DEADLINE_S)
-    try:
-        async for update in call:
-            yield update.migration
-            if state_of(update.migration) in FINAL:
-                return
-    finally:
-        call.cancel()
 
 
 def _parts(migration: Migration, accept_ms: float) -> dict[str, float]:

@@ -60,7 +60,7 @@ async def test_nonsense_options(subject: Subject) -> None:
 async def test_no_memory_there(moves: Moves, fleet: Fleet) -> None:
     big = await Subject.create(moves, "big", "h1", memory_mib=512)
     ballast = await asyncio.to_thread(Guests(fleet).create, "ballast", "h2", 1700, 1, (), "none", False)
-    with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "memory", "h2"):
+    with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "host h2 has", "free for guests"):
         await moves.create(big.name, "h2")
     await big.must_be_at("h1")
     assert await unsettled(fleet, "h2") == []

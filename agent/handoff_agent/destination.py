@@ -18,10 +18,10 @@ from handoff_agent.domains import end_domain, is_active
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Handoff, Notify, Save
 from handoff_agent.ledger import Record
-from handoff_agent.monitor import Monitor
+from handoff_agent.monitor import Monitor, QmpError
 from handoff_agent.rules import ABORTED, ACTIVE, FAILED, FINALIZED, PREPARED, Call
-from handoff_agent.slots import Slot
-from handoff_common.errors import DeadlineError, ExhaustedError, HandoffError
+from handoff_agent.slots import LibvirtFailure, Slot
+from handoff_common.errors import DeadlineError, ExhaustedError, HandoffError, PreconditionError
 
 # Starting a QEMU takes 0.4 to 0.9 s; on a machine that pages, much longer.
 CREATE_TIMEOUT_S: Final = 30.0
@@ -57,13 +57,19 @@ class DestinationHandoff(Handoff):
     async def create(self, xml: str, listener: Listener) -> None:
         """Creates the domain and listens; PREPARED on return. On any failure nothing is left behind.
 
-        Raises ExhaustedError when no port is free, DeadlineError, UnavailableError, or what libvirt or QEMU refuse.
+        Raises PreconditionError when libvirt or QEMU refuse it, ExhaustedError when no port is free, and DeadlineError
+        or UnavailableError as Slot.call does.
         """
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self._undo_create)
-            await self._slot.call(
-                lambda connection: connection.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED), CREATE_TIMEOUT_S
-            )
+            try:
+                await self._slot.call(
+                    lambda connection: connection.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED), CREATE_TIMEOUT_S
+                )
+            except LibvirtFailure as error:
+                raise PreconditionError(
+                    f"guest {self.record.domain_name} can't be started here: {error.message}"
+                ) from None
             await self._monitor.set_capabilities(_CAPABILITIES)
             port = await self._listen(listener)
             await self.change(state=PREPARED, listen_uri=f"tcp:{_bracketed(listener.address)}:{port}")
@@ -134,12 +140,14 @@ class DestinationHandoff(Handoff):
     async def _listen(self, listener: Listener) -> int:
         """Lets QEMU listen on the first free port, and returns it."""
         uri = f"tcp:{_bracketed(listener.address)}:{listener.first_port},to={listener.last_port}"
-        await self._monitor.execute("migrate-incoming", {"uri": uri})
+        where = f"{listener.address}, ports {listener.first_port} to {listener.last_port}"
+        try:
+            await self._monitor.execute("migrate-incoming", {"uri": uri})
+        except QmpError as error:
+            raise ExhaustedError(f"QEMU can't listen on {where}: {error.desc}") from None
         ports = (await self._monitor.query_migrate()).ports
         if not ports:
-            raise ExhaustedError(
-                f"QEMU does not listen on {listener.address}, ports {listener.first_port} to {listener.last_port}"
-            )
+            raise ExhaustedError(f"QEMU does not listen on {where}")
         return ports[0]
 
     async def _run(self, events: Subscription, deadline: float) -> MonitorEvent:

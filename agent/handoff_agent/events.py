@@ -140,8 +140,11 @@ class EventHub:
             self._loop.call_soon_threadsafe(self.publish, event)
 
 
-def register_events(connection: libvirt.virConnect, slot: str, publish: Callable[[Event], None]) -> None:
-    """Asks libvirt for lifecycle and monitor events of all domains; blocking. Calls `publish` on its own thread."""
+def register_events(connection: libvirt.virConnect, slot: str, publish: Callable[[Event], None]) -> Callable[[], None]:
+    """Asks libvirt for lifecycle and monitor events of all domains; returns what ends that. Both block.
+
+    Calls `publish` on libvirt's thread.
+    """
 
     def on_lifecycle(
         _connection: libvirt.virConnect, domain: libvirt.virDomain, event: int, _detail: int, _opaque: None
@@ -162,8 +165,8 @@ def register_events(connection: libvirt.virConnect, slot: str, publish: Callable
         time_s = seconds + micros / 1e6
         publish(MonitorEvent(slot, domain.UUIDString(), event, time_s, data, time.monotonic()))
 
-    connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_lifecycle, None)
-    libvirt_qemu.qemuMonitorEventRegister(
+    lifecycle = connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_lifecycle, None)
+    monitor = libvirt_qemu.qemuMonitorEventRegister(
         connection,
         None,
         MONITOR_EVENTS,
@@ -171,6 +174,14 @@ def register_events(connection: libvirt.virConnect, slot: str, publish: Callable
         None,
         libvirt_qemu.VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX,
     )
+
+    def deregister() -> None:
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.domainEventDeregisterAny(lifecycle)
+        with contextlib.suppress(libvirt.libvirtError):
+            libvirt_qemu.qemuMonitorEventDeregister(connection, monitor)
+
+    return deregister
 
 
 def _run_libvirt_loop() -> None:

@@ -9,7 +9,7 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeAlias, TypeVar
 
 import grpc
 import libvirt
@@ -27,6 +27,8 @@ from handoff_common.errors import (
 log = structlog.get_logger()
 
 T = TypeVar("T")
+_Opened: TypeAlias = tuple[libvirt.virConnect, Callable[[], None]]
+"""A connection, and what closes it."""
 
 CALL_TIMEOUT_S = 10.0
 KEEPALIVE_INTERVAL_S = 2
@@ -160,7 +162,7 @@ class Slot:
         while True:
             closed = asyncio.Event()
             try:
-                connection = await self._open(closed)
+                connection, close = await self._open(closed)
             except libvirt.libvirtError as error:
                 if str(error) != last_error:
                     last_error = str(error)
@@ -179,29 +181,37 @@ class Slot:
                 self._connection, self._domains = None, {}
                 self._up.clear()
                 self.hub.publish(ConnectionEvent(self.name, connected=False))
-                _run_detached(f"libvirt-{self.name}-close", connection.close)
+                _run_detached(f"libvirt-{self.name}-close", close)
 
-    async def _open(self, closed: asyncio.Event) -> libvirt.virConnect:
+    async def _open(self, closed: asyncio.Event) -> _Opened:
         """Connects on a thread of its own: libvirt waits for a frozen libvirtd for ever, and no pool must wait too."""
         loop = asyncio.get_running_loop()
-        opened: asyncio.Future[libvirt.virConnect] = loop.create_future()
+        opened: asyncio.Future[_Opened] = loop.create_future()
 
         def on_close(_connection: libvirt.virConnect, _reason: int, _opaque: None) -> None:
-            loop.call_soon_threadsafe(closed.set)
+            with contextlib.suppress(RuntimeError):  # the loop ended first
+                loop.call_soon_threadsafe(closed.set)
 
         def open_connection() -> None:
             try:
                 connection = libvirt.open(self.uri)
                 connection.registerCloseCallback(on_close, None)
                 connection.setKeepAlive(KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
-                register_events(connection, self.name, self.hub.publish_threadsafe)
+                deregister = register_events(connection, self.name, self.hub.publish_threadsafe)
                 version = connection.getLibVersion()
                 self.libvirt_version = f"{version // 1_000_000}.{version // 1_000 % 1_000}.{version % 1_000}"
                 self.host_uuid = _host_uuid(connection)
             except libvirt.libvirtError as error:
                 loop.call_soon_threadsafe(_fail, opened, error)
-            else:
-                loop.call_soon_threadsafe(_succeed, opened, connection)
+                return
+
+            def close() -> None:
+                # Callbacks that stay registered keep the connection open.
+                deregister()
+                connection.unregisterCloseCallback()
+                connection.close()
+
+            loop.call_soon_threadsafe(_succeed, opened, (connection, close))
 
         _run_detached(f"libvirt-{self.name}-open", open_connection)
         return await opened
@@ -213,12 +223,12 @@ def _host_uuid(connection: libvirt.virConnect) -> str:
     return rest.partition("</uuid>")[0]
 
 
-def _succeed(future: asyncio.Future[libvirt.virConnect], connection: libvirt.virConnect) -> None:
+def _succeed(future: asyncio.Future[_Opened], opened: _Opened) -> None:
     if not future.done():
-        future.set_result(connection)
+        future.set_result(opened)
 
 
-def _fail(future: asyncio.Future[libvirt.virConnect], error: Exception) -> None:
+def _fail(future: asyncio.Future[_Opened], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
 

@@ -4,7 +4,8 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import libvirt
 import pytest
@@ -37,14 +38,29 @@ BINDS = {
 @pytest.fixture(scope="session")
 def libvirtd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URI of a libvirtd with nothing defined; every domain that a test leaves is destroyed at the end."""
-    root = tmp_path_factory.mktemp("libvirtd")
+    with running_libvirtd(tmp_path_factory.mktemp("libvirtd")) as uri:
+        yield uri
+
+
+@pytest.fixture(scope="session")
+def other_libvirtd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URI of a second one: the destination's."""
+    with running_libvirtd(tmp_path_factory.mktemp("other-libvirtd")) as uri:
+        yield uri
+
+
+@contextmanager
+def running_libvirtd(root: Path) -> Iterator[str]:
     for name in BINDS:
         (root / name).mkdir()
     (root / "etc" / "libvirtd.conf").write_text(LIBVIRTD_CONF.format(host_uuid=uuid.uuid4(), root=root))
     (root / "etc" / "qemu.conf").write_text(QEMU_CONF)
     binds = "\n".join(f"mkdir -p {target}; mount --bind {root}/{name} {target}" for name, target in BINDS.items())
-    script = f"set -e; mount --make-rprivate /\n{binds}\nexec libvirtd -p {root}/run/libvirtd.pid"
-    daemon = subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdin=subprocess.DEVNULL)
+    # bash as PID 1 reaps QEMU at once; libvirt waits for that, and the machine's own init may be slow.
+    script = f"set -e; mount --make-rprivate /\n{binds}\nlibvirtd -p {root}/run/libvirtd.pid & wait $!"
+    daemon = subprocess.Popen(
+        ["unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc", "bash", "-c", script], stdin=subprocess.DEVNULL
+    )
     socket = root / "run" / "libvirt-sock"
     uri = f"qemu+unix:///system?socket={socket}"
     try:
@@ -56,7 +72,7 @@ def libvirtd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield uri
         _destroy_all(uri)
     finally:
-        daemon.terminate()
+        daemon.kill()  # its namespace ends with it
         daemon.wait(20)
 
 

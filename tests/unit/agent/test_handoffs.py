@@ -1,0 +1,360 @@
+"""Both sides of a handoff against two real libvirtds and QEMU 10; the guest is firmware that finds nothing to boot."""
+
+import asyncio
+import contextlib
+import os
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import libvirt
+import pytest
+
+from handoff.agent.v1 import qemu_pb2 as pb
+from handoff.agent.v1 import types_pb2 as types
+from handoff_agent.arrival import Arrivals
+from handoff_agent.convergence import ConvergenceSettings
+from handoff_agent.departure import Departures
+from handoff_agent.destination import Listener
+from handoff_agent.emulators import Emulators
+from handoff_agent.handoff_changes import HandoffChanges
+from handoff_agent.handoffs import Handoffs
+from handoff_agent.inventory import Inventory
+from handoff_agent.ledger import Ledger, TermGuard
+from handoff_agent.monitor import Monitor
+from handoff_agent.rules import (
+    ABORTED,
+    ACTIVE,
+    DESTINATION,
+    FAILED,
+    FINALIZED,
+    HELD,
+    PREPARED,
+    READY,
+    RELEASED,
+    SOURCE,
+    SWITCHING,
+    TRANSFERRING,
+    Call,
+    State,
+)
+from handoff_agent.settings import AgentSettings, EmulatorSettings, SlotSettings
+from handoff_agent.slots import Hypervisor, Slot
+from handoff_agent.survey import Survey
+from handoff_common.errors import InvalidArgumentError, NotFoundError, PreconditionError, StaleTermError
+
+QEMU = f"{os.environ.get('HANDOFF_PREFIX', '/opt/handoff')}/qemu-10.0/bin/qemu-system-x86_64"
+MEMORY_MIB = 128
+LIMITS = ConvergenceSettings(300)
+DEADLINE_S = 2.0
+
+
+class Host:
+    """One agent's handoffs, without its gRPC server."""
+
+    def __init__(self, name: str, uri: str, state_dir: Path, first_port: int) -> None:
+        self.settings = AgentSettings(
+            name=name,
+            migration_address="127.0.0.1",
+            memory_mib=1024,
+            slots={"a": SlotSettings(uri=uri)},
+            emulators=(EmulatorSettings(name="new", path=QEMU),),
+        )
+        self.state_dir = state_dir
+        self.listener = Listener("127.0.0.1", first_port, first_port + 15)
+        self.slot = Slot("a", uri)
+        self.hypervisor = Hypervisor([self.slot])
+        self.emulators = Emulators(self.settings.emulators)
+        self.handoffs: Handoffs
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator["Host"]:
+        async with self.hypervisor.running():
+            assert await self.slot.wait_connected(10)
+            await self.emulators.probe()
+            await self.start()
+            yield self
+            await self.handoffs.close()
+
+    async def start(self) -> None:
+        """Begins a life of the agent, with what is on disk of earlier ones."""
+        inventory = Inventory(self.hypervisor, self.emulators, ())
+        survey = Survey(self.settings, self.hypervisor, self.emulators, inventory)
+        self.handoffs = Handoffs(
+            self.hypervisor,
+            Departures(self.hypervisor, inventory, survey, ()),
+            Arrivals(survey, self.emulators, "127.0.0.1"),
+            self.listener,
+            Ledger(self.state_dir),
+            TermGuard(self.state_dir),
+            HandoffChanges(),
+        )
+        await self.handoffs.open()
+
+    async def restart(self) -> None:
+        await self.handoffs.close()
+        await self.start()
+
+    async def domain_names(self) -> list[str]:
+        return [domain.name() for _, domain in await self.hypervisor.list()]
+
+
+@dataclass(frozen=True)
+class Move:
+    """A guest at `source`, to be handed to `target` as migration `id`."""
+
+    id: str
+    source: Host
+    target: Host
+    guest: str
+
+    async def until(self, *states: State) -> pb.Handoff:
+        """The source's side once it is in one of the states; FAILED ends the wait as well."""
+        handoff = self.source.handoffs.get(self.id, SOURCE)
+        async with asyncio.timeout(30):
+            while True:
+                change = handoff.next_change()
+                if handoff.state in (*states, FAILED):
+                    return handoff.to_message()
+                await change.wait()
+
+    async def advance(self, goal: State, *, deadline_s: float = DEADLINE_S) -> None:
+        """Takes the steps of a leader until the source's side is at `goal`."""
+        source = await self.prepare_source()
+        if goal == PREPARED:
+            return
+        listening = await self.target.handoffs.prepare_destination(self.id, source, "a", validate_only=False)
+        side = self.source.handoffs.source(self.id, Call.START_TRANSFER)
+        await side.start_transfer(listening.listen_uri, LIMITS, 0, deadline_s)
+        if goal == TRANSFERRING:
+            return
+        assert (await self.until(READY)).state == READY
+        if goal == READY:
+            return
+        await side.switch_over()
+        if goal == HELD:
+            handoff = await self.until(HELD)
+            assert handoff.state == HELD, handoff.message
+
+    async def prepare_source(self) -> pb.SourceGuest:
+        return (await self.source.handoffs.prepare_source(self.id, self.guest, validate_only=False))[1]
+
+    async def abort(self) -> None:
+        for host, role in ((self.target, DESTINATION), (self.source, SOURCE)):
+            assert (await host.handoffs.abort(self.id, role, "the test says so")).state == ABORTED
+
+    async def is_running(self, host: Host) -> bool:
+        return await Monitor(host.slot, self.guest).query_status() == "running"
+
+
+@pytest.fixture
+async def hosts(libvirtd: str, other_libvirtd: str, tmp_path: Path) -> AsyncIterator[tuple[Host, Host]]:
+    one, two = Host("h1", libvirtd, tmp_path / "1", 49400), Host("h2", other_libvirtd, tmp_path / "2", 49416)
+    async with one.running(), two.running():
+        yield one, two
+
+
+@pytest.fixture
+async def move(hosts: tuple[Host, Host]) -> AsyncIterator[Move]:
+    source, target = hosts
+    name, identity = f"g-{uuid.uuid4().hex[:6]}", str(uuid.uuid4())
+    xml = f"""<domain type='qemu'><name>{name}</name><uuid>{identity}</uuid><memory unit='MiB'>{MEMORY_MIB}</memory>
+    <vcpu>1</vcpu><os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features><devices>
+    <emulator>{QEMU}</emulator>
+    </devices></domain>"""
+
+    def define(connection: libvirt.virConnect) -> None:
+        domain = connection.defineXML(xml)
+        domain.setAutostart(1)
+        domain.create()
+
+    await source.slot.call(define)
+    yield Move(f"m-{uuid.uuid4().hex[:8]}", source, target, identity)
+    for host in hosts:
+        for _, domain in await host.hypervisor.list():
+            await host.slot.call(lambda _, domain=domain: _remove(domain))
+
+
+def _remove(domain: libvirt.virDomain) -> None:
+    for end in (domain.destroy, domain.undefine):
+        with contextlib.suppress(libvirt.libvirtError):
+            end()
+
+
+async def autostart(host: Host, guest: str) -> int:
+    return await host.slot.on_domain(guest, lambda domain: domain.autostart())
+
+
+async def test_a_guest_is_handed_over_and_nothing_is_left(move: Move) -> None:
+    await move.advance(HELD)
+    assert await autostart(move.source, move.guest) == 0
+    assert not await move.is_running(move.source)
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    await destination.activate()
+    assert destination.state == ACTIVE
+    assert await move.is_running(move.target)
+    source = move.source.handoffs.source(move.id, Call.RELEASE)
+    await source.release()
+    await destination.finalize()
+    assert (source.state, destination.state) == (RELEASED, FINALIZED)
+    assert await move.source.domain_names() == []
+    assert await autostart(move.target, move.guest) == 1
+    left, arrived = source.to_message(), destination.to_message()
+    assert 0 < left.switch_timings.paused_to_held_ms < 1000 * DEADLINE_S
+    assert left.progress.ram_total_bytes >= MEMORY_MIB << 20
+    assert arrived.activate_timings.running_time.ToNanoseconds() > left.switch_timings.paused_time.ToNanoseconds()
+    persistent = await move.target.slot.on_domain(move.guest, lambda d: d.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+    assert "-incoming" not in persistent
+
+
+@pytest.mark.parametrize("stage", [PREPARED, TRANSFERRING, READY, SWITCHING, HELD], ids=pb.HandoffState.Name)
+async def test_an_abort_leaves_the_guest_as_it_was(move: Move, stage: State) -> None:
+    await move.advance(stage)
+    await move.abort()
+    assert await move.is_running(move.source)
+    assert await move.target.domain_names() == []
+    assert await autostart(move.source, move.guest) == 1
+    capabilities = await Monitor(move.source.slot, move.guest).query_capabilities()
+    assert not capabilities["switchover-ack"]
+    assert not capabilities["pause-before-switchover"]
+    with pytest.raises(PreconditionError, match="was aborted"):
+        await move.prepare_source()
+    await Move(f"{move.id}-again", move.source, move.target, move.guest).advance(HELD)
+
+
+async def test_the_guest_runs_until_the_switch_is_ordered(move: Move) -> None:
+    await move.advance(READY)
+    monitor = Monitor(move.source.slot, move.guest)
+    with move.source.slot.events(move.guest) as events:
+        assert await events.next_within(2.0) is None
+    assert await monitor.query_status() == "running"
+    assert move.source.handoffs.get(move.id, SOURCE).state == READY
+
+
+async def test_a_pause_past_its_deadline_ends_with_the_guest_running_here(move: Move) -> None:
+    await move.advance(SWITCHING, deadline_s=0.0001)
+    failed = await move.until(HELD)
+    assert failed.state == FAILED
+    assert "was paused for more than" in failed.message
+    assert await move.is_running(move.source)
+
+
+async def test_a_destination_that_goes_away_never_ran(move: Move) -> None:
+    await move.advance(TRANSFERRING)
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    change = destination.next_change()
+    await move.target.slot.on_domain(move.guest, lambda domain: domain.destroy())
+    await asyncio.wait_for(change.wait(), 10)
+    assert destination.state == FAILED
+    assert destination.to_message().never_ran
+    assert (await move.until(FAILED)).state == FAILED
+    assert await move.is_running(move.source)
+
+
+async def test_a_source_that_goes_away_fails_and_says_so(move: Move) -> None:
+    await move.advance(READY)
+    await move.source.slot.on_domain(move.guest, lambda domain: domain.destroy())
+    failed = await move.until(FAILED)
+    assert "its QEMU is gone" in failed.message
+
+
+@pytest.mark.parametrize("stage", [PREPARED, TRANSFERRING, READY, SWITCHING, HELD], ids=pb.HandoffState.Name)
+async def test_a_restarted_agent_takes_the_handoff_up(move: Move, stage: State) -> None:
+    await move.advance(stage)
+    await move.source.restart()
+    await move.target.restart()
+    if stage == PREPARED:
+        await move.abort()
+        assert await move.is_running(move.source)
+        return
+    if stage in (TRANSFERRING, READY):
+        assert (await move.until(READY)).state == READY
+        await move.source.handoffs.source(move.id, Call.SWITCH_OVER).switch_over()
+    assert (await move.until(HELD)).state == HELD
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    await destination.activate()
+    assert destination.state == ACTIVE
+    await move.source.handoffs.source(move.id, Call.RELEASE).release()
+    await destination.finalize()
+    await move.source.restart()
+    await move.source.handoffs.source(move.id, Call.RELEASE).release()
+    assert move.source.handoffs.get(move.id, SOURCE).state == RELEASED
+
+
+async def test_a_paused_guest_moves_paused(move: Move) -> None:
+    await move.source.slot.on_domain(move.guest, lambda domain: domain.suspend())
+    await move.advance(HELD)
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    await destination.activate()
+    assert destination.state == ACTIVE
+    assert await Monitor(move.target.slot, move.guest).query_status() == "paused"
+
+
+async def test_repeated_calls_change_nothing(move: Move) -> None:
+    first = await move.prepare_source()
+    second = await move.prepare_source()
+    assert first.autostart
+    assert second.autostart
+    await move.advance(HELD)
+    source = move.source.handoffs.source(move.id, Call.SWITCH_OVER)
+    await source.start_transfer("tcp:127.0.0.1:1", LIMITS, 0, DEADLINE_S)
+    await source.switch_over()
+    assert source.state == HELD
+
+
+async def test_a_guest_is_in_one_handoff_at_a_time(move: Move) -> None:
+    await move.prepare_source()
+    assert move.source.handoffs.migration_of(move.guest) == move.id
+    with pytest.raises(PreconditionError, match=move.id):
+        await move.source.handoffs.prepare_source("another", move.guest, validate_only=False)
+
+
+async def test_a_check_leaves_no_trace(move: Move) -> None:
+    _, guest = await move.source.handoffs.prepare_source(move.id, move.guest, validate_only=True)
+    await move.target.handoffs.prepare_destination(move.id, guest, "a", validate_only=True)
+    assert await autostart(move.source, move.guest) == 1
+    assert await move.target.domain_names() == []
+    for host in (move.source, move.target):
+        assert not host.handoffs.all()
+        assert not list((host.state_dir / "handoffs").iterdir())
+
+
+async def test_a_guest_that_can_not_start_leaves_nothing(move: Move) -> None:
+    guest = await move.prepare_source()
+    guest.live_xml = guest.live_xml.replace("</os>", "<kernel>/does/not/exist</kernel></os>")
+    with pytest.raises(PreconditionError, match="can't be started here"):
+        await move.target.handoffs.prepare_destination(move.id, guest, "a", validate_only=False)
+    assert await move.target.domain_names() == []
+    assert not list((move.target.state_dir / "handoffs").iterdir())
+
+
+async def test_an_unreachable_destination_fails_the_transfer(move: Move) -> None:
+    await move.prepare_source()
+    source = move.source.handoffs.source(move.id, Call.START_TRANSFER)
+    await source.start_transfer("tcp:127.0.0.1:1", LIMITS, 0, DEADLINE_S)
+    assert source.state == FAILED
+    assert "can't be reached" in source.record.message
+    assert await move.is_running(move.source)
+
+
+async def test_a_handoff_aborted_before_it_was_heard_of_can_not_begin(move: Move) -> None:
+    await move.source.handoffs.abort(move.id, SOURCE, "cancelled")
+    await move.source.restart()
+    with pytest.raises(PreconditionError, match="was aborted"):
+        await move.prepare_source()
+
+
+async def test_calls_that_are_wrong_whatever_the_state(hosts: tuple[Host, Host]) -> None:
+    handoffs = hosts[0].handoffs
+    with pytest.raises(NotFoundError):
+        handoffs.get("unknown", SOURCE)
+    with pytest.raises(PreconditionError, match="has not heard"):
+        handoffs.source("unknown", Call.SWITCH_OVER)
+    with pytest.raises(InvalidArgumentError):
+        await handoffs.abort("../etc/passwd", SOURCE, "")
+    with pytest.raises(InvalidArgumentError):
+        await handoffs.admit(types.Fence())
+    await handoffs.admit(types.Fence(term=9, leader="c1"))
+    with pytest.raises(StaleTermError):
+        await handoffs.admit(types.Fence(term=8, leader="c2"))

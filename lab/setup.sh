@@ -1,10 +1,11 @@
 #!/bin/bash
 # Everything that a bare Debian 12 needs for the lab, the tests and the demo. Run as root; does nothing when all is there.
 #
-#   HANDOFF_PREFIX   where QEMU 10 and the guest's kernel go, by default /opt/handoff
+#   HANDOFF_PREFIX   where QEMU and the guest's kernel go, by default /opt/handoff
 #
-# Packages come from the machine's own apt sources. QEMU 10 is unpacked from backports into a prefix of its own, so that
-# the machine's QEMU stays what it is. No service is started.
+# Packages come from the machine's own apt sources. The QEMU of backports is unpacked into two prefixes of its own, so
+# that the machine's QEMU stays what it is; the second one stands for a rebuild of the same release.
+# HANDOFF_PREFIX/releases lists the three, the preferred one first: a name and a path a line. No service is started.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -17,7 +18,7 @@ packages=(
   pkg-config procps python3 python3-dev python3-venv qemu-block-extra qemu-system-x86 qemu-utils seabios
   spin util-linux
 )
-qemu10_packages=(qemu-system-x86 qemu-system-common qemu-system-data qemu-block-extra qemu-utils seabios)
+backports_packages=(qemu-system-x86 qemu-system-common qemu-system-data qemu-block-extra qemu-utils seabios)
 guest_kernel=linux-image-cloud-amd64
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -69,32 +70,60 @@ mirror() {
     awk -v codename="$(codename)" '$1 == codename && $2 == "main" { print $3; exit }'
 }
 
-install_qemu10() {
-  local target=$prefix/qemu-10.0 site apt=()
-  if [ ! -e "$target/usr/bin/qemu-system-x86_64" ]; then
-    update_lists
-    site=$(mirror)
-    [ -n "$site" ] || die "no apt source for $(codename) main is configured: add a Debian mirror to /etc/apt/sources.list.d"
-    say "unpacking QEMU of $(codename)-backports into $target"
-    mkdir -p "$scratch/lists/partial" "$scratch/debs" "$scratch/root"
-    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $site $(codename)-backports main" >"$scratch/backports.list"
-    apt=(apt-get -qq -o Dir::Etc::SourceList="$scratch/backports.list" -o Dir::Etc::SourceParts=/dev/null
-      -o Dir::State::Lists="$scratch/lists" -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= -o APT::Sandbox::User=root)
-    "${apt[@]}" update
-    local package found=()
-    for package in "${qemu10_packages[@]}"; do # seabios is not always in backports: then the machine's own serves
-      [ -z "$(apt-cache "${apt[@]:2}" show "$package" 2>/dev/null)" ] || found+=("$package")
-    done
-    (cd "$scratch/debs" && "${apt[@]}" download "${found[@]}")
-    for package in "$scratch"/debs/*.deb; do dpkg -x "$package" "$scratch/root"; done
-    rm -rf "$target"
-    mkdir -p "$target"
-    cp -a "$scratch/root/usr" "$target/"
-    rm -rf "$target"/usr/share/{doc,man,locale,lintian,bug}
+# "10.0", of a QEMU that says 10.0.2.
+release_of() { "$1" -version | sed -n 's/^QEMU emulator version \([0-9]*\.[0-9]*\)\..*/\1/p'; }
+
+download_qemu() {
+  local site apt package found=()
+  update_lists
+  site=$(mirror)
+  [ -n "$site" ] || die "no apt source for $(codename) main is configured: add a Debian mirror to /etc/apt/sources.list.d"
+  say "unpacking QEMU of $(codename)-backports below $prefix"
+  mkdir -p "$scratch/lists/partial" "$scratch/debs" "$scratch/root"
+  echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $site $(codename)-backports main" >"$scratch/backports.list"
+  apt=(apt-get -qq -o Dir::Etc::SourceList="$scratch/backports.list" -o Dir::Etc::SourceParts=/dev/null
+    -o Dir::State::Lists="$scratch/lists" -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= -o APT::Sandbox::User=root)
+  "${apt[@]}" update
+  for package in "${backports_packages[@]}"; do # seabios is not always in backports: then the machine's own serves
+    [ -z "$(apt-cache "${apt[@]:2}" show "$package" 2>/dev/null)" ] || found+=("$package")
+  done
+  (cd "$scratch/debs" && "${apt[@]}" download "${found[@]}")
+  for package in "$scratch"/debs/*.deb; do dpkg -x "$package" "$scratch/root"; done
+  rm -rf "$scratch"/root/usr/share/{doc,man,locale,lintian,bug}
+  install -D -m 755 "$here/qemu/qemu-system-x86_64" "$scratch/root/bin/qemu-system-x86_64"
+}
+
+install_qemu() {
+  local release target unpacked=()
+  for target in "$prefix"/qemu-*; do # what an earlier run installed stays, whatever backports has by now
+    [[ $target == *-rebuilt || ! -e $target/usr/bin/qemu-system-x86_64 ]] || unpacked+=("$target")
+  done
+  if [ ${#unpacked[@]} = 0 ]; then
+    download_qemu
+    release=$(release_of "$scratch/root/bin/qemu-system-x86_64")
+    [ -n "$release" ] || die "the QEMU of $(codename)-backports does not run"
+    unpacked=("$prefix/qemu-$release")
+    mkdir -p "${unpacked[0]}.new"
+    cp -a "$scratch"/root/{usr,bin} "${unpacked[0]}.new/"
+    mv "${unpacked[0]}.new" "${unpacked[0]}"
   fi
-  install -D -m 755 "$here/qemu/qemu-system-x86_64" "$target/bin/qemu-system-x86_64"
-  "$target/bin/qemu-system-x86_64" -machine help | grep -q '^pc-q35-10\.0 ' ||
-    die "$target/bin/qemu-system-x86_64 does not offer the machine pc-q35-10.0; remove $target and run again"
+  target=${unpacked[0]} release=${unpacked[0]##*/qemu-}
+  if [ ! -e "$target-rebuilt/usr/bin/qemu-system-x86_64" ]; then
+    rm -rf "$target-rebuilt" "$target-rebuilt.new"
+    cp -a "$target" "$target-rebuilt.new"
+    mv "$target-rebuilt.new" "$target-rebuilt"
+  fi
+  for target in "$prefix/qemu-$release" "$prefix/qemu-$release-rebuilt"; do
+    install -D -m 755 "$here/qemu/qemu-system-x86_64" "$target/bin/qemu-system-x86_64"
+    "$target/bin/qemu-system-x86_64" -machine help | grep -q "^pc-q35-${release/./\\.} " ||
+      die "$target/bin/qemu-system-x86_64 does not offer the machine pc-q35-$release; remove $target and run again"
+  done
+  {
+    echo "$release $prefix/qemu-$release/bin/qemu-system-x86_64"
+    echo "$release-rebuilt $prefix/qemu-$release-rebuilt/bin/qemu-system-x86_64"
+    echo "$(release_of /usr/bin/qemu-system-x86_64) /usr/bin/qemu-system-x86_64"
+  } >"$prefix/releases.new"
+  mv "$prefix/releases.new" "$prefix/releases"
 }
 
 install_guest() {
@@ -139,8 +168,8 @@ mkdir -p /etc/handoff /etc/libvirt /etc/openvswitch /srv \
   /var/lib/libvirt /var/log/libvirt /var/cache/libvirt /var/lib/openvswitch /var/log/openvswitch
 
 install_packages
-install_qemu10
+install_qemu
 install_guest
 install_probe
 install_python
-say "done: QEMU 10 and the guest are in $prefix"
+say "done: QEMU and the guest are in $prefix"

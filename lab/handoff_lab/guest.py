@@ -1,4 +1,4 @@
-"""The lab's guests: real ones, run by QEMU 10 without hardware help, through libvirt in slot a of a host."""
+"""The lab's guests: real ones, run by QEMU without hardware help, through libvirt in slot a of a host."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ from handoff_lab.fleet import Fleet
 from handoff_lab.host import SLOTS, Host
 from handoff_lab.netns import NetNamespace
 from handoff_lab.parallel import in_parallel
-from handoff_lab.state import DiskRecord, GuestRecord, Lab
+from handoff_lab.state import DiskRecord, GuestRecord, Lab, Release
 
 FIRST_NUMBER, LAST_NUMBER = 10, 199
 CONTROL_PORT = 5000
@@ -27,7 +27,6 @@ VIRSH_DEADLINE_S = 30.0
 LIST_DEADLINE_S = 10.0
 DEFAULT_DISK = "size=1G,format=raw,place=shared"
 DEFAULT_NETWORK = "tenant"
-MACHINE = "pc-q35-10.0"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 _PLACES = {"shared": "/srv/shared", "local": "/srv/vms"}
 
@@ -64,8 +63,8 @@ def console_log(guest: str) -> str:
     return f"/srv/shared/{guest}.console"
 
 
-def domain_xml(guest: GuestRecord, lab: Lab) -> str:
-    """The guest's libvirt domain."""
+def domain_xml(guest: GuestRecord, lab: Lab, release: Release, machine: str = "") -> str:
+    """The guest's libvirt domain. `machine`: by default the newest that the release has."""
     disks = "".join(
         f"""
     <disk type='file' device='disk'>
@@ -90,6 +89,14 @@ def domain_xml(guest: GuestRecord, lab: Lab) -> str:
         if guest.network != "none"
         else ""
     )
+    shared = (
+        """
+  <qemu:commandline>
+    <qemu:arg value='-machine'/><qemu:arg value='aux-ram-share=on'/>
+  </qemu:commandline>"""
+        if release.shares_memory
+        else ""
+    )
     address = f"ip4={guest.ip}/24 " if guest.network != "none" else ""
     return f"""<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{guest.name}</name>
@@ -98,7 +105,7 @@ def domain_xml(guest: GuestRecord, lab: Lab) -> str:
   <vcpu>{guest.vcpus}</vcpu>
   <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
   <os>
-    <type arch='x86_64' machine='{MACHINE}'>hvm</type>
+    <type arch='x86_64' machine='{machine or release.machine}'>hvm</type>
     <kernel>{lab.guest_kernel}</kernel>
     <initrd>{lab.guest_initrd}</initrd>
     <cmdline>console=ttyS0 quiet loglevel=3 panic=0 {address}hostname={guest.name}</cmdline>
@@ -107,14 +114,11 @@ def domain_xml(guest: GuestRecord, lab: Lab) -> str:
   <cpu mode='custom' match='exact'><model>qemu64</model></cpu>
   <on_crash>preserve</on_crash>
   <devices>
-    <emulator>{lab.emulator}</emulator>{disks}{interface}
+    <emulator>{release.emulator}</emulator>{disks}{interface}
     <serial type='pty'><log file='{console_log(guest.name)}' append='on'/></serial>
     <console type='pty'><target type='serial'/></console>
     <memballoon model='none'/>
-  </devices>
-  <qemu:commandline>
-    <qemu:arg value='-machine'/><qemu:arg value='aux-ram-share=on'/>
-  </qemu:commandline>
+  </devices>{shared}
 </domain>
 """
 
@@ -139,32 +143,36 @@ class Guests:
         disks: tuple[str, ...] = (DEFAULT_DISK,),
         network: str = DEFAULT_NETWORK,
         wait: bool = True,
+        release: str = "",
+        machine: str = "",
     ) -> GuestRecord:
         """Creates a guest and starts it; with `wait`, returns when its control port answers.
 
         `disks`: as parse_disk reads them; none at all for an empty tuple. `network`: tenant or none.
+        `release`: the QEMU build, by default the preferred one; `machine`: by default the build's newest.
         A guest of that name that exists stays as it is; one that is off is started where it is defined.
         Raises LabError when anything fails; nothing is left then.
         """
         where = self.fleet.host(host)
         where.node.require_pid()
+        build = self.lab.release(release)
         guest = self._admit(name, host, memory_mib, vcpus, disks, network)
         if seen := self.find(name):
             if all(sighting.state == "shut off" for sighting in seen):
                 virsh(self.fleet.host(seen[0].host), seen[0].slot, "start", name)
         else:
-            self._define(guest, where)
+            self._define(guest, where, build, machine)
         if wait:
             self.wait_ready(guest)
         return guest
 
-    def _define(self, guest: GuestRecord, where: Host) -> None:
+    def _define(self, guest: GuestRecord, where: Host, release: Release, machine: str) -> None:
         name = guest.name
         try:
             for disk in guest.disks:
                 where.node.run(["qemu-img", "create", "-q", "-f", disk.format, disk.path, disk.size])
             definition = f"/run/{name}.xml"
-            (where.directory / f"run/{name}.xml").write_text(domain_xml(guest, self.lab))
+            (where.directory / f"run/{name}.xml").write_text(domain_xml(guest, self.lab, release, machine))
             virsh(where, "a", "define", definition)
             virsh(where, "a", "start", name)
         except LabError:

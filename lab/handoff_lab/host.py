@@ -21,7 +21,6 @@ from handoff_lab.state import MAX_HOSTS, Lab, LabConfig
 SLOTS = ("a", "b")
 AGENT_PORT = 7701
 TENANT_MTU = 1400
-OLD_EMULATOR = Path("/usr/bin/qemu-system-x86_64")
 OVS_DEADLINE_S = 15
 
 LIBVIRTD_CONF = """\
@@ -181,6 +180,9 @@ class Host:
             f'[slots.{slot}]\nuri = "qemu+unix:///system?socket=/run/handoff/slots/{slot}/libvirt-sock"\n'
             for slot in SLOTS
         )
+        emulators = "\n".join(
+            f'[[emulators]]\nname = "{release.name}"\npath = "{release.emulator}"\n' for release in self.lab.releases()
+        )
         return f"""\
 name = "{self.name}"
 listen = ["{MANAGEMENT_NET}.{self.index}:{AGENT_PORT}", "unix:{self.lab.agent_socket(self.name)}"]
@@ -190,14 +192,7 @@ shared_paths = ["/srv/shared"]
 memory_mib = {config.host_memory_mib}
 
 {slots}
-[[emulators]]
-name = "10.0"
-path = "{self.lab.emulator}"
-
-[[emulators]]
-name = "7.2"
-path = "{OLD_EMULATOR}"
-"""
+{emulators}"""
 
     def boot(self, config: LabConfig) -> None:
         """Starts the host's namespaces, unless they run."""

@@ -197,6 +197,8 @@ def guest() -> None:
 @click.option("--vcpus", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--disk", "disks", multiple=True, help=f"Repeatable; or `none`.  [default: {DEFAULT_DISK}]")
 @click.option("--network", default="tenant", show_default=True, help="tenant or none.")
+@click.option("--release", default="", metavar="NAME", help="QEMU build, as `handoff hosts` names it.")
+@click.option("--machine", default="", metavar="TYPE", help="Machine type.  [default: the newest that the build has]")
 @click.option("--no-wait", is_flag=True, help="Do not wait until it has booted.")
 @click.pass_obj
 def create(
@@ -207,14 +209,25 @@ def create(
     vcpus: int,
     disks: tuple[str, ...],
     network: str,
+    release: str,
+    machine: str,
     no_wait: bool,
 ) -> None:
     """Create guests and wait until they have booted; one that exists stays as it is."""
     wanted = () if disks == ("none",) else disks or (DEFAULT_DISK,)
     guests = Guests(fleet)
-    made = in_parallel(
-        [partial(guests.create, name, host, memory, vcpus, wanted, network, not no_wait) for name in names]
+    make = partial(
+        guests.create,
+        host=host,
+        memory_mib=memory,
+        vcpus=vcpus,
+        disks=wanted,
+        network=network,
+        wait=not no_wait,
+        release=release,
+        machine=machine,
     )
+    made = in_parallel([partial(make, name) for name in names])
     for record in made:
         click.echo(f"{record.name} {record.uuid} {record.ip if record.network != 'none' else '-'} on {host}")
 

@@ -44,6 +44,30 @@ class LabConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """An installed QEMU build. `name`: what the agents call it, such as "10.0" or "10.0-rebuilt"."""
+
+    name: str
+    emulator: Path
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Major and minor, such as (10, 0)."""
+        major, minor = self.name.partition("-")[0].split(".")
+        return int(major), int(minor)
+
+    @property
+    def machine(self) -> str:
+        """Its newest q35 machine type."""
+        return "pc-q35-{}.{}".format(*self.version)
+
+    @property
+    def shares_memory(self) -> bool:
+        """It knows `aux-ram-share`, which makes a guest one that can change its QEMU without a copy."""
+        return self.version >= (10, 0)
+
+
+@dataclass(frozen=True, slots=True)
 class DiskRecord:
     """A guest's disk. `place`: shared or local; `path` is the same on every host; `size` as qemu-img takes it."""
 
@@ -100,9 +124,30 @@ class Lab:
         return self.directory / "shared"
 
     @property
+    def releases_file(self) -> Path:
+        """Which QEMU builds setup installed, the preferred one first: a name and a path a line."""
+        return self.prefix / "releases"
+
+    def releases(self) -> tuple[Release, ...]:
+        """The QEMU builds, the preferred one first. Raises LabError when setup has not run."""
+        try:
+            lines = self.releases_file.read_text().splitlines()
+        except FileNotFoundError:
+            raise LabError(f"the machine is not set up ({self.releases_file}): run `make setup`") from None
+        return tuple(Release(name, Path(path)) for name, path in (line.split(maxsplit=1) for line in lines))
+
+    def release(self, name: str = "") -> Release:
+        """A QEMU build by name; the preferred one by default. Raises LabError for one that setup did not install."""
+        releases = self.releases()
+        found = [release for release in releases if name in ("", release.name)]
+        if not found:
+            raise LabError(f"there is no QEMU {name}: there are {', '.join(release.name for release in releases)}")
+        return found[0]
+
+    @property
     def emulator(self) -> Path:
-        """QEMU 10, which runs the lab's guests."""
-        return self.prefix / "qemu-10.0/bin/qemu-system-x86_64"
+        """The QEMU that runs the lab's guests."""
+        return self.release().emulator
 
     @property
     def guest_kernel(self) -> Path:

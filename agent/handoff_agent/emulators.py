@@ -1,6 +1,7 @@
-"""Probes the installed QEMU builds: their release, machine types and the CPU models that they can run here."""
+"""Probes the installed QEMU builds: release, machine types, CPR, and the CPU models that they can run here."""
 
 import asyncio
+import json
 import platform
 import re
 import shutil
@@ -28,6 +29,15 @@ PROBE_TIMEOUT_S: Final = 20.0
 # libvirt starts the binary several times for this, about 4 s under load, and then remembers it.
 CAPABILITIES_TIMEOUT_S: Final = 40.0
 _VIRTUALISATION_TYPES: Final = ("kvm", "qemu")
+_CPR_MODE: Final = "cpr-transfer"
+_CPR_OPTION: Final = "aux-ram-share"
+# A QEMU without a machine, asked what it knows.
+_ASKED: Final = ("-machine", "none", "-display", "none", "-nodefaults", "-no-user-config", "-qmp", "stdio")
+_QUESTIONS: Final = b"""{"execute": "qmp_capabilities"}
+{"execute": "query-qmp-schema"}
+{"execute": "qom-list-properties", "arguments": {"typename": "none-machine"}}
+{"execute": "quit"}
+"""
 _RELEASE: Final = re.compile(r"QEMU emulator version (\d+\.\d+\.\d+)")
 
 
@@ -82,9 +92,10 @@ class Emulators:
             release=release,
             machine_types=machine_types,
             cpu_models=await self._cpu_models(configured.path),
+            cpr=await _knows_cpr(configured.path),
         )
         self._probed[configured.path] = (stamp, build)
-        log.info("QEMU build found", name=build.name, path=build.path, release=build.release)
+        log.info("QEMU build found", name=build.name, path=build.path, release=build.release, cpr=build.cpr)
 
     async def _cpu_models(self, path: str) -> frozenset[str]:
         """Models usable under any type of virtualisation; libvirt checks a guest's own once more when it starts it."""
@@ -114,6 +125,22 @@ def parse_machine_types(text: str) -> frozenset[str]:
     return frozenset(line.split()[0] for line in table.splitlines() if line.strip())
 
 
+def parse_cpr(answers: str) -> bool:
+    """Whether QMP's answers to a schema and a property query have what CPR needs. False for what is no QMP."""
+    has_mode = has_option = False
+    for line in answers.splitlines():
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            continue
+        items = answer.get("return") if isinstance(answer, dict) else None
+        for item in items if isinstance(items, list) else ():
+            # The schema hides the names of types, not those of an enum's values.
+            has_mode = has_mode or _CPR_MODE in item.get("values", ())
+            has_option = has_option or item.get("name") == _CPR_OPTION
+    return has_mode and has_option
+
+
 def parse_usable_models(xml: str) -> frozenset[str]:
     """The CPU models that libvirt's domain capabilities call usable."""
     root = etree.fromstring(xml.encode())
@@ -130,17 +157,25 @@ def _stamp(path: str) -> _FileStamp:
     return _FileStamp(status.st_mtime_ns, status.st_size)
 
 
-async def _output(*command: str) -> str:
+async def _knows_cpr(path: str) -> bool:
+    try:
+        return parse_cpr(await _output(path, *_ASKED, stdin=_QUESTIONS))
+    except (OSError, UnavailableError) as error:
+        log.info("QEMU build not asked for CPR", path=path, reason=str(error))
+        return False
+
+
+async def _output(*command: str, stdin: bytes = b"") -> str:
     process = await asyncio.create_subprocess_exec(
         *command,
-        stdin=asyncio.subprocess.DEVNULL,
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
     )
     try:
         async with asyncio.timeout(PROBE_TIMEOUT_S):
-            stdout, stderr = await process.communicate()
+            stdout, stderr = await process.communicate(stdin)
     except TimeoutError:
         raise UnavailableError(f"no answer to {command[1]} in {PROBE_TIMEOUT_S:.0f} s") from None
     finally:

@@ -1,6 +1,6 @@
 """What libvirt's XML says of a guest, as the API's Domain. Pure: facts that the XML lacks are arguments."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -9,6 +9,7 @@ from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from lxml import etree
 
 from handoff.agent.v1 import types_pb2 as types
+from handoff_agent.builds import Build, name_of
 from handoff_common.errors import InvalidArgumentError
 
 IsShared = Callable[[str], bool]
@@ -75,8 +76,8 @@ def below_any(paths: tuple[str, ...]) -> IsShared:
     return is_below
 
 
-def describe(xml: str, facts: GuestFacts, *, is_shared: IsShared, releases: Mapping[str, str]) -> types.Domain:
-    """The API's Domain for libvirt's plain XML (XMLDesc(0)). `releases` maps emulator paths to QEMU releases.
+def describe(xml: str, facts: GuestFacts, *, is_shared: IsShared, builds: Sequence[Build]) -> types.Domain:
+    """The API's Domain for libvirt's plain XML (XMLDesc(0)). `builds`: the QEMU builds of the host.
 
     Sizes of disks are left at 0: the XML does not have them. Raises InvalidArgumentError for what isn't a domain.
     """
@@ -92,7 +93,8 @@ def describe(xml: str, facts: GuestFacts, *, is_shared: IsShared, releases: Mapp
         cpu_model=_cpu_model(root),
         machine_type=_machine_type(root),
         emulator=emulator,
-        qemu_release=facts.qemu_release or releases.get(emulator, ""),
+        qemu_release=facts.qemu_release or next((b.release for b in builds if b.path == emulator), ""),
+        emulator_name=name_of(builds, path=emulator, running=facts.qemu_release),
         persistent=facts.persistent,
         autostart=facts.autostart,
         migration_id=facts.migration_id,

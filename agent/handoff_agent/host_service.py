@@ -13,6 +13,7 @@ from lxml import etree
 
 from handoff.agent.v1 import host_pb2, host_pb2_grpc
 from handoff.agent.v1 import types_pb2 as types
+from handoff_agent.builds import Build
 from handoff_agent.emulators import Emulators
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent
 from handoff_agent.guests import domain_state
@@ -70,10 +71,7 @@ class HostService(host_pb2_grpc.HostServiceServicer):
         host = host_pb2.Host(
             name=settings.name,
             slots=[_slot_message(slot) for slot in self._hypervisor.slots],
-            emulators=[
-                host_pb2.Emulator(path=build.path, release=build.release, name=build.name)
-                for build in self._emulators.builds
-            ],
+            emulators=[_emulator_message(build) for build in self._emulators.builds],
             memory_bytes=total_bytes,
             memory_free_bytes=free_memory_bytes(total_bytes, await self._inventory.domains()),
             cpus=os.cpu_count() or 0,
@@ -159,6 +157,16 @@ async def _pump(source: Callable[[], Awaitable[Event | str]], arrived: "asyncio.
 def _slot_message(slot: Slot) -> host_pb2.Slot:
     return host_pb2.Slot(
         name=slot.name, connected=slot.connected, host_uuid=slot.host_uuid, libvirt_version=slot.libvirt_version
+    )
+
+
+def _emulator_message(build: Build) -> host_pb2.Emulator:
+    return host_pb2.Emulator(
+        path=build.path,
+        release=build.release,
+        name=build.name,
+        machine_types=sorted(build.machine_types),
+        cpr=build.cpr,
     )
 
 

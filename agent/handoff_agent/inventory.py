@@ -1,7 +1,7 @@
 """The host's domains as the API's messages, read from libvirt."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import libvirt
@@ -9,10 +9,21 @@ import libvirt
 from handoff.agent.v1 import types_pb2 as types
 from handoff_agent.emulators import Emulators
 from handoff_agent.guests import GuestFacts, describe, domain_state
+from handoff_agent.running import Process, RunningReleases
 from handoff_agent.shared_storage import shared_storage
 from handoff_agent.slots import Hypervisor, Slot
 
 INVENTORY_TIMEOUT_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A domain as libvirt tells it. `libvirt_id` is -1 when it is not active."""
+
+    xml: str
+    facts: GuestFacts
+    uuid: str
+    libvirt_id: int
 
 
 class Inventory:
@@ -22,6 +33,11 @@ class Inventory:
         self._hypervisor = hypervisor
         self._emulators = emulators
         self._shared_paths = shared_paths
+        self._running = RunningReleases()
+
+    async def close(self) -> None:
+        """Ends what goes on in the background."""
+        await self._running.close()
 
     async def domains(self) -> list[types.Domain]:
         """All domains of all connected slots. Raises DeadlineError when a libvirtd does not answer."""
@@ -29,25 +45,36 @@ class Inventory:
         for slot in self._hypervisor.slots:
             if slot.connected:
                 readings = await slot.call(lambda connection: _read(connection.listAllDomains()), INVENTORY_TIMEOUT_S)
-                found.extend(self._describe(slot, readings))
+                active = {_process(slot, reading) for reading in readings if reading.libvirt_id >= 0}
+                self._running.keep(slot.name, active)
+                found.extend(await self._describe(slot, readings))
         return found
 
     async def domain(self, uuid: str) -> types.Domain:
         """One domain. Raises NotFoundError, UnavailableError or DeadlineError, as Hypervisor.find does."""
         slot, domain = await self._hypervisor.find(uuid)
         readings = await slot.call(lambda _: [_read_one(domain)], INVENTORY_TIMEOUT_S)
-        return self._describe(slot, readings)[0]
+        return (await self._describe(slot, readings))[0]
 
-    def _describe(self, slot: Slot, readings: Sequence[tuple[str, GuestFacts]]) -> list[types.Domain]:
+    async def _describe(self, slot: Slot, readings: Sequence[_Reading]) -> list[types.Domain]:
         is_shared = shared_storage(self._shared_paths)
-        releases = self._emulators.releases
-        return [
-            describe(xml, replace(facts, slot=slot.name), is_shared=is_shared, releases=releases)
-            for xml, facts in readings
-        ]
+        builds = self._emulators.builds
+        # One that is paused may be in a handoff, where its monitor has other things to do.
+        running = [_process(slot, each) for each in readings if each.facts.state == types.DOMAIN_STATE_RUNNING]
+        await self._running.ask(slot, running)
+        found = []
+        for reading in readings:
+            release = self._running.of(_process(slot, reading))
+            facts = replace(reading.facts, slot=slot.name, qemu_release=release)
+            found.append(describe(reading.xml, facts, is_shared=is_shared, builds=builds))
+        return found
 
 
-def _read(domains: Sequence[libvirt.virDomain]) -> list[tuple[str, GuestFacts]]:
+def _process(slot: Slot, reading: _Reading) -> Process:
+    return Process(slot.name, reading.uuid, reading.libvirt_id)
+
+
+def _read(domains: Sequence[libvirt.virDomain]) -> list[_Reading]:
     readings = []
     for domain in domains:
         try:
@@ -58,9 +85,10 @@ def _read(domains: Sequence[libvirt.virDomain]) -> list[tuple[str, GuestFacts]]:
     return readings
 
 
-def _read_one(domain: libvirt.virDomain) -> tuple[str, GuestFacts]:
+def _read_one(domain: libvirt.virDomain) -> _Reading:
     xml: str = domain.XMLDesc(0)
     state, _reason = domain.state()
     persistent = bool(domain.isPersistent())
     autostart = persistent and bool(domain.autostart())
-    return xml, GuestFacts("", domain_state(state), persistent, autostart)
+    facts = GuestFacts("", domain_state(state), persistent, autostart)
+    return _Reading(xml, facts, domain.UUIDString(), domain.ID())

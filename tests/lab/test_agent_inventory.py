@@ -82,7 +82,24 @@ async def test_a_host_counts_what_its_guests_may_use(fleet: Fleet, guests: Guest
     assert before.memory_free_bytes - after.memory_free_bytes == 128 * MIB
     assert [(slot.name, slot.connected) for slot in after.slots] == [("a", True), ("b", True)]
     assert after.slots[0].host_uuid != after.slots[1].host_uuid
-    assert {emulator.release.split(".")[0] for emulator in after.emulators} == {"7", "10"}
+    releases = fleet.lab.releases()
+    assert [emulator.name for emulator in after.emulators] == [release.name for release in releases]
+    for emulator, release in zip(after.emulators, releases, strict=True):
+        assert emulator.release.startswith("{}.{}.".format(*release.version))
+        assert release.machine in emulator.machine_types
+        assert emulator.cpr is release.shares_memory
+
+
+async def test_a_guest_runs_under_the_build_that_was_asked_for(fleet: Fleet, guests: Guests) -> None:
+    for number, release in enumerate(fleet.lab.releases()):
+        record = await asyncio.to_thread(
+            guests.create, f"under-{number}", "h2", 128, disks=(), wait=False, release=release.name
+        )
+        async with agent(fleet, "h2") as stubs:
+            domain = (await stubs.qemu.GetDomain(qemu_pb2.GetDomainRequest(uuid=record.uuid), timeout=10)).domain
+        assert domain.emulator_name == release.name
+        assert domain.qemu_release.startswith("{}.{}.".format(*release.version))
+        await asyncio.to_thread(guests.delete, record.name)
 
 
 async def test_disks_and_ports_are_those_of_the_host(fleet: Fleet, guests: Guests) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from handoff_agent import emulators
-from handoff_agent.emulators import Emulators, parse_machine_types, parse_release, parse_usable_models
+from handoff_agent.emulators import Emulators, parse_cpr, parse_machine_types, parse_release, parse_usable_models
 from handoff_agent.settings import EmulatorSettings
 from handoff_common.errors import UnavailableError
+from handoff_lab.state import Lab
 
 CAPABILITIES = """<domainCapabilities><cpu>
 <mode name='host-model'><model fallback='forbid'>EPYC</model></mode>
@@ -71,11 +72,11 @@ async def test_an_unchanged_file_is_not_run_again(tmp_path: Path) -> None:
     found = Emulators([script(path, GOOD)])
     await found.probe()
     await found.probe()
-    assert runs(path) == 2
+    assert runs(path) == 3
     path.write_text(GOOD.replace("10.0.2", "10.0.3"))
     os.utime(path, ns=(1, 1))
     await found.probe()
-    assert runs(path) == 4
+    assert runs(path) == 6
     assert found.releases == {str(path): "10.0.3"}
     path.unlink()
     await found.probe()
@@ -108,5 +109,19 @@ def test_parsers() -> None:
     assert parse_release("QEMU emulator version 7.2.22 (Debian 1:7.2)\nCopyright") == "7.2.22"
     assert parse_machine_types("Supported machines are:\nq35  Standard\n\n") == {"q35"}
     assert parse_usable_models(CAPABILITIES) == {"qemu64"}
+    schema = '{"return": [{"name": "7", "meta-type": "enum", "values": ["normal", "cpr-transfer"]}]}'
+    option = '{"return": [{"name": "aux-ram-share", "type": "bool"}]}'
+    assert parse_cpr(f"{schema}\n{option}\n")
+    for less in ("", schema, option, "hello", "[]", '{"error": {}}', schema.replace("cpr", "x")):
+        assert not parse_cpr(less)
     with pytest.raises(UnavailableError):
         parse_release("KVM 1.0")
+
+
+async def test_cpr_is_asked() -> None:
+    releases = Lab.from_environment().releases()
+    found = Emulators([EmulatorSettings(name=each.name, path=str(each.emulator)) for each in releases])
+    await found.probe()
+    assert {build.name: build.cpr for build in found.builds} == {
+        each.name: each.version >= (10, 0) for each in releases
+    }

@@ -1,21 +1,24 @@
 """What a domain's XML says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import libvirt
 import pytest
 
 from handoff.agent.v1 import types_pb2 as types
+from handoff_agent.builds import Build
 from handoff_agent.guests import GuestFacts, Layer, below_any, describe, domain_state, layers, parse_domain
 from handoff_common.errors import InvalidArgumentError
 
 RICH = (Path(__file__).parent / "data" / "rich.xml").read_text()
 RUNNING = GuestFacts("a", types.DOMAIN_STATE_RUNNING, persistent=True, autostart=True)
 EMULATOR = "/usr/bin/qemu-system-x86_64"
+BUILD = Build(EMULATOR, "stable", "7.2.22", frozenset())
 
 
 def read(xml: str, facts: GuestFacts = RUNNING) -> types.Domain:
-    return describe(xml, facts, is_shared=below_any(("/srv/shared",)), releases={EMULATOR: "7.2.22"})
+    return describe(xml, facts, is_shared=below_any(("/srv/shared",)), builds=(BUILD,))
 
 
 def test_rich_guest() -> None:
@@ -114,3 +117,13 @@ def _state_names() -> set[str]:
 def test_memory_in_another_unit_is_not_misread() -> None:
     with pytest.raises(InvalidArgumentError, match="MiB"):
         read("<domain><memory unit='MiB'>4</memory></domain>")
+
+
+def test_the_release_that_runs_counts_not_the_file() -> None:
+    """A package was upgraded under a running guest: the name of the new build is not its own."""
+    asked = read(RICH, replace(RUNNING, qemu_release="7.2.22"))
+    assert (asked.qemu_release, asked.emulator_name) == ("7.2.22", "stable")
+    replaced = read(RICH, replace(RUNNING, qemu_release="7.2.1"))
+    assert (replaced.qemu_release, replaced.emulator_name) == ("7.2.1", "")
+    elsewhere = read(RICH.replace(EMULATOR, "/opt/other"))
+    assert (elsewhere.qemu_release, elsewhere.emulator_name) == ("", "")

@@ -28,7 +28,7 @@ BUILD = Build(EMULATOR, "stable", "7.2.22", frozenset({"pc-q35-7.2"}), frozenset
 
 
 def guest_of(xml: str, facts: GuestFacts = RUNNING) -> types.Domain:
-    return describe(xml, facts, is_shared=SHARED, releases={EMULATOR: "7.2.22"})
+    return describe(xml, facts, is_shared=SHARED, builds=(Build(EMULATOR, "old", "7.2.22", frozenset()),))
 
 
 def reasons(xml: str, guest: GuestFacts = RUNNING, facts: SourceFacts = NOTHING) -> tuple[str, ...]:
@@ -248,7 +248,7 @@ def test_memory_that_just_fits() -> None:
 
 
 def test_release_not_known_at_the_source() -> None:
-    guest = describe(RICH, RUNNING, is_shared=SHARED, releases={})
+    guest = describe(RICH, RUNNING, is_shared=SHARED, builds=())
     (found,) = destination_obstacles(guest, HOST)
     assert "list it under emulators in the configuration of the source's agent" in found.message
 

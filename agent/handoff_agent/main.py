@@ -21,6 +21,7 @@ from handoff_agent.handoffs import Handoffs
 from handoff_agent.host_service import HostService
 from handoff_agent.inventory import Inventory
 from handoff_agent.ledger import Ledger, TermGuard
+from handoff_agent.local_sockets import LocalSockets
 from handoff_agent.ovs_ports import OvsPorts
 from handoff_agent.qemu_service import QemuService
 from handoff_agent.settings import AgentSettings
@@ -65,6 +66,7 @@ async def serve(settings: AgentSettings) -> None:
         emulators = Emulators(settings.emulators, _capabilities_of(slots[0]))
         await emulators.probe()
         inventory = Inventory(hypervisor, emulators, settings.shared_paths)
+        stack.push_async_callback(inventory.close)
         survey = Survey(settings, hypervisor, emulators, inventory)
         stack.callback(survey.close)
         changes = HandoffChanges()
@@ -73,6 +75,7 @@ async def serve(settings: AgentSettings) -> None:
             Departures(hypervisor, inventory, survey, settings.shared_paths),
             Arrivals(survey, emulators, settings.graphics_address or settings.migration_address),
             Listener(settings.migration_address, *settings.migration_ports),
+            LocalSockets(settings.runtime_dir, settings.qemu_user),
             Ledger(settings.state_dir),
             TermGuard(settings.state_dir),
             changes,

@@ -5,8 +5,8 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -36,8 +36,10 @@ _ASKED: Final = ("-machine", "none", "-display", "none", "-nodefaults", "-no-use
 _QUESTIONS: Final = b"""{"execute": "qmp_capabilities"}
 {"execute": "query-qmp-schema"}
 {"execute": "qom-list-properties", "arguments": {"typename": "none-machine"}}
-{"execute": "quit"}
 """
+# The greeting, and an answer to each question; the schema is one line of 200 KiB.
+_ANSWERS: Final = 4
+_LONGEST_ANSWER: Final = 4 << 20
 _RELEASE: Final = re.compile(r"QEMU emulator version (\d+\.\d+\.\d+)")
 
 
@@ -159,23 +161,41 @@ def _stamp(path: str) -> _FileStamp:
 
 async def _knows_cpr(path: str) -> bool:
     try:
-        return parse_cpr(await _output(path, *_ASKED, stdin=_QUESTIONS))
-    except (OSError, UnavailableError) as error:
+        async with _started(path, *_ASKED, stdin=asyncio.subprocess.PIPE) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(_QUESTIONS)
+            # QEMU is not told to quit: it would do so before all that it has to say is written.
+            answers = [await process.stdout.readline() for _ in range(_ANSWERS)]
+    except (OSError, ValueError, UnavailableError) as error:
         log.info("QEMU build not asked for CPR", path=path, reason=str(error))
         return False
+    return parse_cpr(b"".join(answers).decode(errors="replace"))
 
 
-async def _output(*command: str, stdin: bytes = b"") -> str:
+async def _output(*command: str) -> str:
+    async with _started(*command, stdin=asyncio.subprocess.DEVNULL) as process:
+        stdout, stderr = await process.communicate()
+    if process.returncode != 0:
+        reason = stderr.decode(errors="replace").strip()[-300:]
+        raise UnavailableError(f"{command[1]} ended with status {process.returncode}: {reason}")
+    return stdout.decode(errors="replace")
+
+
+@asynccontextmanager
+async def _started(*command: str, stdin: int) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process that is gone afterwards. Raises UnavailableError when the context takes more than PROBE_TIMEOUT_S."""
     process = await asyncio.create_subprocess_exec(
         *command,
-        stdin=asyncio.subprocess.PIPE,
+        stdin=stdin,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        limit=_LONGEST_ANSWER,
         start_new_session=True,
     )
     try:
         async with asyncio.timeout(PROBE_TIMEOUT_S):
-            stdout, stderr = await process.communicate(stdin)
+            yield process
     except TimeoutError:
         raise UnavailableError(f"no answer to {command[1]} in {PROBE_TIMEOUT_S:.0f} s") from None
     finally:
@@ -183,7 +203,3 @@ async def _output(*command: str, stdin: bytes = b"") -> str:
             with suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-    if process.returncode != 0:
-        reason = stderr.decode(errors="replace").strip()[-300:]
-        raise UnavailableError(f"{command[1]} ended with status {process.returncode}: {reason}")
-    return stdout.decode(errors="replace")

@@ -33,8 +33,11 @@ lab-test: ## the fleet: real libvirt, QEMU, Open vSwitch and etcd
 bench-handoff: setup ## our migration against `virsh migrate --live --p2p`, into out/bench/handoff.json
 	@$(PYTHON) -m bench.handoff
 
+bench-upgrade: setup ## a new QEMU under guests of 256 MiB, 2 GiB and 8 GiB, into out/bench/upgrade.json
+	@$(PYTHON) -m bench.upgrade
+
 clean: ## stop the lab, remove what was built here
 	-.venv/bin/handoff-lab down
 	rm -rf build out .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup demo test lint types proto unit lab-test bench-handoff clean
+.PHONY: help setup demo test lint types proto unit lab-test bench-handoff bench-upgrade clean

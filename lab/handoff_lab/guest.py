@@ -63,8 +63,11 @@ def console_log(guest: str) -> str:
     return f"/srv/shared/{guest}.console"
 
 
-def domain_xml(guest: GuestRecord, lab: Lab, release: Release, machine: str = "") -> str:
-    """The guest's libvirt domain. `machine`: by default the newest that the release has."""
+def domain_xml(guest: GuestRecord, lab: Lab, release: Release, machine: str = "", shareable: bool = True) -> str:
+    """The guest's libvirt domain. `machine`: by default the newest that the release has.
+
+    With `shareable`, its memory can be handed to another QEMU without a copy, if the release knows how.
+    """
     disks = "".join(
         f"""
     <disk type='file' device='disk'>
@@ -94,16 +97,17 @@ def domain_xml(guest: GuestRecord, lab: Lab, release: Release, machine: str = ""
   <qemu:commandline>
     <qemu:arg value='-machine'/><qemu:arg value='aux-ram-share=on'/>
   </qemu:commandline>"""
-        if release.shares_memory
+        if shareable and release.shares_memory
         else ""
     )
+    backing = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>" if shareable else ""
     address = f"ip4={guest.ip}/24 " if guest.network != "none" else ""
     return f"""<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{guest.name}</name>
   <uuid>{guest.uuid}</uuid>
   <memory unit='MiB'>{guest.memory_mib}</memory>
   <vcpu>{guest.vcpus}</vcpu>
-  <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
+  {backing}
   <os>
     <type arch='x86_64' machine='{machine or release.machine}'>hvm</type>
     <kernel>{lab.guest_kernel}</kernel>
@@ -145,11 +149,13 @@ class Guests:
         wait: bool = True,
         release: str = "",
         machine: str = "",
+        shareable: bool = True,
     ) -> GuestRecord:
         """Creates a guest and starts it; with `wait`, returns when its control port answers.
 
         `disks`: as parse_disk reads them; none at all for an empty tuple. `network`: tenant or none.
         `release`: the QEMU build, by default the preferred one; `machine`: by default the build's newest.
+        `shareable`: its memory can be handed over without a copy.
         A guest of that name that exists stays as it is; one that is off is started where it is defined.
         Raises LabError when anything fails; nothing is left then.
         """
@@ -161,18 +167,18 @@ class Guests:
             if all(sighting.state == "shut off" for sighting in seen):
                 virsh(self.fleet.host(seen[0].host), seen[0].slot, "start", name)
         else:
-            self._define(guest, where, build, machine)
+            self._define(guest, where, domain_xml(guest, self.lab, build, machine, shareable))
         if wait:
             self.wait_ready(guest)
         return guest
 
-    def _define(self, guest: GuestRecord, where: Host, release: Release, machine: str) -> None:
+    def _define(self, guest: GuestRecord, where: Host, xml: str) -> None:
         name = guest.name
         try:
             for disk in guest.disks:
                 where.node.run(["qemu-img", "create", "-q", "-f", disk.format, disk.path, disk.size])
             definition = f"/run/{name}.xml"
-            (where.directory / f"run/{name}.xml").write_text(domain_xml(guest, self.lab, release, machine))
+            (where.directory / f"run/{name}.xml").write_text(xml)
             virsh(where, "a", "define", definition)
             virsh(where, "a", "start", name)
         except LabError:

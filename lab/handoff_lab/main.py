@@ -199,6 +199,7 @@ def guest() -> None:
 @click.option("--network", default="tenant", show_default=True, help="tenant or none.")
 @click.option("--release", default="", metavar="NAME", help="QEMU build, as `handoff hosts` names it.")
 @click.option("--machine", default="", metavar="TYPE", help="Machine type.  [default: the newest that the build has]")
+@click.option("--shareable/--no-shareable", default=True, help="Whether its memory can change its QEMU without a copy.")
 @click.option("--no-wait", is_flag=True, help="Do not wait until it has booted.")
 @click.pass_obj
 def create(
@@ -211,6 +212,7 @@ def create(
     network: str,
     release: str,
     machine: str,
+    shareable: bool,
     no_wait: bool,
 ) -> None:
     """Create guests and wait until they have booted; one that exists stays as it is."""
@@ -226,6 +228,7 @@ def create(
         wait=not no_wait,
         release=release,
         machine=machine,
+        shareable=shareable,
     )
     made = in_parallel([partial(make, name) for name in names])
     for record in made:

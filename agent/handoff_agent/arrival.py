@@ -7,7 +7,7 @@ from handoff.agent.v1 import qemu_pb2 as pb
 from handoff_agent.domain_xml import XmlChanges, destination_xml, persistent_xml
 from handoff_agent.emulators import Emulators
 from handoff_agent.movable import destination_obstacles, refusal
-from handoff_agent.survey import Survey
+from handoff_agent.survey import LOCAL_METHODS, Survey
 from handoff_common.errors import InvalidArgumentError, PreconditionError
 
 DEFAULT_SLOT: Final = "a"
@@ -20,6 +20,8 @@ class Arrival:
     create_xml: str
     persistent_xml: str
     """Empty for a transient guest."""
+    cpr_obstacles: tuple[str, ...] = ()
+    """Why its memory can't be passed on to the build that it gets."""
 
 
 class Arrivals:
@@ -31,23 +33,45 @@ class Arrivals:
         self._emulators = emulators
         self._display_address = display_address
 
-    async def examine(self, guest: pb.SourceGuest, slot: str) -> Arrival:
-        """The guest's XML for here.
+    async def examine(
+        self,
+        guest: pb.SourceGuest,
+        slot: str,
+        method: pb.TransferMethod.ValueType = pb.TRANSFER_METHOD_TCP,
+        emulator: str = "",
+        cpr_socket: str = "",
+    ) -> Arrival:
+        """The guest's XML for here. `emulator`: name of the build that it shall get.
 
         Raises PreconditionError or ExhaustedError with every reason why it can't come, and as Survey.host_facts does.
         """
         domain = guest.domain
         if not guest.live_xml or not domain.uuid:
             raise InvalidArgumentError("guest: its live XML and UUID are needed, as PrepareSource returned them")
-        facts = await self._survey.host_facts(domain, slot)
+        local = method in LOCAL_METHODS
+        if local and slot == domain.slot:
+            raise InvalidArgumentError(f"guest {domain.name} is in slot {slot} already")
+        facts = await self._survey.host_facts(domain, slot, method, emulator)
         refused = refusal(destination_obstacles(domain, facts))
         if refused is not None:
             raise refused
-        build = self._emulators.choose(release=domain.qemu_release, path=domain.emulator)
+        build = (
+            next((build for build in self._emulators.builds if build.name == emulator), None)
+            if emulator
+            else self._emulators.choose(release=domain.qemu_release, path=domain.emulator)
+        )
         if build is None:
             raise PreconditionError(f"no QEMU {domain.qemu_release} on host {facts.name} for guest {domain.name}")
+        no_cpr = () if build.cpr else (f"QEMU build {build.name} ({build.release}) can't take memory passed on",)
+        if method == pb.TRANSFER_METHOD_CPR and no_cpr:
+            raise PreconditionError(f"guest {domain.name}: {no_cpr[0]}")
         changes = XmlChanges(
-            emulator=build.path, source_emulator=domain.emulator, graphics_address=self._display_address
+            emulator=build.path,
+            source_emulator=domain.emulator,
+            graphics_address=None if local else self._display_address,
+            upgrade=local,
+            shares_auxiliary_ram=build.cpr if local else None,
+            cpr_socket=cpr_socket if method == pb.TRANSFER_METHOD_CPR else "",
         )
         persistent = persistent_xml(guest.persistent_xml, changes) if guest.persistent_xml else ""
-        return Arrival(destination_xml(guest.live_xml, changes), persistent)
+        return Arrival(destination_xml(guest.live_xml, changes), persistent, no_cpr)

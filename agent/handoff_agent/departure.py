@@ -40,11 +40,14 @@ class Departures:
             domain=domain, live_xml=live_xml, persistent_xml=persistent_xml, autostart=domain.autostart
         )
 
-    async def examine(self, uuid: str) -> pb.SourceGuest:
-        """The guest, if it can leave. Raises PreconditionError with every reason why it can't, NotFoundError."""
+    async def examine(self, uuid: str, *, local: bool = False) -> pb.SourceGuest:
+        """The guest, if it can leave; `local`: for another slot of this host.
+
+        Raises PreconditionError with every reason why it can't, and NotFoundError.
+        """
         guest = await self.read(uuid)
         facts = await self._survey.source_facts(guest.domain)
-        found = list(obstacles(guest.domain, facts, is_shared=shared_storage(self._shared_paths)))
+        found = list(obstacles(guest.domain, facts, is_shared=shared_storage(self._shared_paths), local=local))
         if guest.domain.state in (types.DOMAIN_STATE_RUNNING, types.DOMAIN_STATE_PAUSED):
             slot = self._hypervisor.slot(guest.domain.slot)
             job = await slot.on_domain(uuid, lambda domain: domain.jobInfo()[0])
@@ -54,4 +57,6 @@ class Departures:
                 )
         if found:
             raise PreconditionError("; ".join(found))
+        if local:
+            guest.cpr_obstacles.extend(await self._survey.cpr_obstacles(guest.domain))
         return guest

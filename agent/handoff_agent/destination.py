@@ -1,6 +1,8 @@
 """The destination's side of a handoff: a domain that waits for its state, runs when told to, and then stays.
 
 PrepareDestination    createXML, paused, -incoming defer; migrate-incoming          PREPARED
+  (memory passed on)  createXML goes on until the source has sent the descriptors
+                      SwitchOver at the source: migrate-incoming
                       (QEMU loads what the source sends: [inmigrate], then [paused])
 Activate              "activating" on disk; resume; RESUME event                    ACTIVE
 FinalizeDestination   define, autostart                                             FINALIZED
@@ -10,6 +12,7 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import libvirt
@@ -18,13 +21,16 @@ from handoff_agent.domains import end_domain, is_active
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Handoff, Notify, Save
 from handoff_agent.ledger import Record
+from handoff_agent.local_sockets import CPR, UNIX, LocalSockets, cpr_socket, main_socket
 from handoff_agent.monitor import Monitor, QmpError
 from handoff_agent.rules import ABORTED, ACTIVE, FAILED, FINALIZED, PREPARED, Call
-from handoff_agent.slots import LibvirtFailure, Slot
+from handoff_agent.slots import CALL_TIMEOUT_S, LibvirtFailure, Slot
 from handoff_common.errors import DeadlineError, ExhaustedError, HandoffError, PreconditionError
 
 # Starting a QEMU takes 0.4 to 0.9 s; on a machine that pages, much longer.
 CREATE_TIMEOUT_S: Final = 30.0
+ACCEPT_TIMEOUT_S: Final = 2.0
+SOCKET_POLL_S: Final = 0.005
 ACTIVATE_TIMEOUT_S: Final = 5.0
 ACTIVATE_RETRY_S: Final = 0.1
 WATCH_RETRY_S: Final = 1.0
@@ -43,38 +49,71 @@ class Listener:
     last_port: int
 
 
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Where a guest comes in from another slot of this host."""
+
+    path: str
+    passes_on: bool
+    """Its memory is passed on, not copied."""
+
+
 class DestinationHandoff(Handoff):
     """One guest that comes."""
 
-    def __init__(self, record: Record, save: Save, notify: Notify, slot: Slot) -> None:
+    def __init__(self, record: Record, save: Save, notify: Notify, slot: Slot, sockets: LocalSockets) -> None:
         super().__init__(record, save, notify)
         self._slot = slot
+        self._sockets = sockets
+        self._starting: asyncio.Task[None] | None = None
         self._monitor = Monitor(slot, record.domain_uuid)
         self._guard: asyncio.Task[None] | None = None
 
     # The leader's calls. Each holds the lock, and is repeatable.
 
-    async def create(self, xml: str, listener: Listener) -> None:
+    async def create(self, xml: str, entrance: Listener | Folder) -> None:
         """Creates the domain and listens; PREPARED on return. On any failure nothing is left behind.
 
+        A domain whose memory is passed on has then begun to start: QEMU waits for the memory.
         Raises PreconditionError when libvirt or QEMU refuse it, ExhaustedError when no port is free, and DeadlineError
         or UnavailableError as Slot.call does.
         """
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self._undo_create)
-            try:
-                await self._slot.call(
-                    lambda connection: connection.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED), CREATE_TIMEOUT_S
-                )
-            except LibvirtFailure as error:
-                raise PreconditionError(
-                    f"guest {self.record.domain_name} can't be started here: {error.message}"
-                ) from None
-            await self._monitor.set_capabilities(_CAPABILITIES)
-            port = await self._listen(listener)
-            await self.change(state=PREPARED, listen_uri=f"tcp:{_bracketed(listener.address)}:{port}")
+            match entrance:
+                case Listener():
+                    await self._start(xml)
+                    port = await self._listen(entrance)
+                    uri = f"tcp:{_bracketed(entrance.address)}:{port}"
+                case Folder(path=path, passes_on=False):
+                    self._sockets.make(self.record.migration_id)
+                    await self._start(xml)
+                    await self._listen_locally(path)
+                    uri = f"{UNIX}{main_socket(path)}"
+                case Folder(path=path):
+                    self._sockets.make(self.record.migration_id)
+                    self._starting = asyncio.create_task(self._start(xml), name=f"start-{self.record.migration_id}")
+                    await self._until_it_waits(path)
+                    uri = f"{CPR}{path}"
+            await self.change(state=PREPARED, listen_uri=uri)
             undo.pop_all()
         self.watch()
+
+    async def is_started(self) -> bool:
+        """Its QEMU has the memory that is passed on, and answers. Raises what its start raised."""
+        if self._starting is not None:
+            return self._starting.done() and self._starting.result() is None
+        # Begun by an earlier life of the agent.
+        if not await is_active(self._slot, self.record.domain_uuid):
+            raise PreconditionError(f"guest {self.record.domain_name}: the new QEMU has ended")
+        with contextlib.suppress(DeadlineError):
+            await self._monitor.query_status(timeout_s=ACCEPT_TIMEOUT_S)
+            return True
+        return False
+
+    async def accept(self) -> None:
+        """Lets QEMU take the devices' state. Raises as Monitor.execute does."""
+        await self._listen_locally(self.record.listen_uri.removeprefix(CPR), ACCEPT_TIMEOUT_S)
 
     async def activate(self) -> None:
         """Runs the guest; ACTIVE on return, or FAILED."""
@@ -115,6 +154,7 @@ class DestinationHandoff(Handoff):
 
             if xml:
                 await self._slot.call(define)
+            self._sockets.remove(self.record.migration_id)
             await self.change(state=FINALIZED)
 
     async def abort(self, reason: str) -> None:
@@ -134,8 +174,43 @@ class DestinationHandoff(Handoff):
     async def detach(self) -> None:
         """Ends the agent's work on it, for the agent's own end. The domain stays as it is."""
         self._stop_watching()
+        await self._stop_starting()
 
     # Effects.
+
+    async def _start(self, xml: str) -> None:
+        try:
+            await self._slot.call(
+                lambda connection: connection.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED), CREATE_TIMEOUT_S
+            )
+        except LibvirtFailure as error:
+            raise PreconditionError(f"guest {self.record.domain_name} can't be started here: {error.message}") from None
+        await self._monitor.set_capabilities(_CAPABILITIES)
+
+    async def _until_it_waits(self, folder: str) -> None:
+        """Waits until QEMU waits for the memory; libvirt's call goes on until it has come."""
+        assert self._starting is not None
+        path, deadline = Path(cpr_socket(folder)), time.monotonic() + CREATE_TIMEOUT_S
+        while not path.is_socket():  # noqa: ASYNC240 - on a memory file system
+            await asyncio.wait({self._starting}, timeout=SOCKET_POLL_S)
+            if self._starting.done():
+                self._starting.result()
+                raise PreconditionError(f"guest {self.record.domain_name}: the new QEMU did not ask for its memory")
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"guest {self.record.domain_name}: the new QEMU hangs while it starts")
+
+    async def _stop_starting(self) -> bool:
+        """Waits no longer for a start that has not ended; tells whether there was one."""
+        if self._starting is None:
+            return False
+        was_starting = not self._starting.done()
+        self._starting.cancel()
+        await asyncio.gather(self._starting, return_exceptions=True)
+        return was_starting
+
+    async def _listen_locally(self, folder: str, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        uri = {"uri": f"unix:{main_socket(folder)}"}
+        await self._monitor.execute("migrate-incoming", uri, timeout_s=timeout_s, urgent=True)
 
     async def _listen(self, listener: Listener) -> int:
         """Lets QEMU listen on the first free port, and returns it."""
@@ -218,8 +293,10 @@ class DestinationHandoff(Handoff):
             self._guard = None
 
     async def _destroy(self) -> None:
-        await end_domain(self._slot, self.record.domain_uuid)
+        was_starting = await self._stop_starting()
+        await end_domain(self._slot, self.record.domain_uuid, listens=not was_starting)
         self._slot.forget(self.record.domain_uuid)
+        self._sockets.remove(self.record.migration_id)
 
     async def _undo_create(self) -> None:
         try:

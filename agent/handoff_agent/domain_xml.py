@@ -6,8 +6,10 @@ taps called vnet…, ptys, generated sockets, ports under autoport, labels of dy
 libvirt networks. The CPU model is spelled out in it, with check='full'.
 """
 
+import json
 from dataclasses import dataclass
 from ipaddress import ip_address
+from itertools import pairwise
 from typing import Final
 
 from lxml import etree
@@ -16,6 +18,7 @@ from handoff_agent.guests import parse_domain
 
 QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 _COMMANDLINE: Final = f"{{{QEMU_NAMESPACE}}}commandline"
+_AUX_RAM_SHARE: Final = "aux-ram-share="
 _ARG: Final = f"{{{QEMU_NAMESPACE}}}arg"
 
 
@@ -29,6 +32,12 @@ class XmlChanges:
     """Path of the binary that the guest runs under now."""
     graphics_address: str | None = None
     """Address of the destination for displays that listen on one address of the source; None leaves them."""
+    upgrade: bool = False
+    """The definition gets `emulator` whatever it names now."""
+    shares_auxiliary_ram: bool | None = None
+    """`-machine aux-ram-share=on` is there afterwards, or is not; None leaves it. QEMU before 10.0 does not know it."""
+    cpr_socket: str = ""
+    """Where QEMU takes the descriptors of the memory; empty when the memory is copied."""
 
 
 def destination_xml(live_xml: str, changes: XmlChanges) -> str:
@@ -42,7 +51,8 @@ def destination_xml(live_xml: str, changes: XmlChanges) -> str:
     _set_emulator(root, changes.emulator)
     _move_displays(root, changes.graphics_address)
     _strip_incoming(root)
-    _add_incoming(root)
+    _share_auxiliary_ram(root, changes.shares_auxiliary_ram)
+    _add_incoming(root, changes.cpr_socket)
     return _text(root)
 
 
@@ -54,10 +64,11 @@ def persistent_xml(xml: str, changes: XmlChanges) -> str:
     """
     root = parse_domain(xml)
     emulator = root.find("devices/emulator")
-    if emulator is None or (emulator.text or "").strip() == changes.source_emulator:
+    if changes.upgrade or emulator is None or (emulator.text or "").strip() == changes.source_emulator:
         _set_emulator(root, changes.emulator)
     _move_displays(root, changes.graphics_address)
     _strip_incoming(root)
+    _share_auxiliary_ram(root, changes.shares_auxiliary_ram)
     return _text(root)
 
 
@@ -105,8 +116,7 @@ def _strip_incoming(root: etree._Element) -> None:
             if is_incoming or value_follows:
                 _remove(argument)
             value_follows = is_incoming
-        if not len(commandline) and not (commandline.text or "").strip():
-            _remove(commandline)
+    _drop_empty_commandlines(root)
 
 
 def _remove(element: etree._Element) -> None:
@@ -121,12 +131,43 @@ def _remove(element: etree._Element) -> None:
     parent.remove(element)
 
 
-def _add_incoming(root: etree._Element) -> None:
+def _add_incoming(root: etree._Element, cpr_socket: str) -> None:
+    _add_arguments(root, "-incoming", "defer")
+    if cpr_socket:
+        address = {"transport": "socket", "type": "unix", "path": cpr_socket}
+        _add_arguments(root, "-incoming", json.dumps({"channel-type": "cpr", "addr": address}))
+
+
+def _add_arguments(root: etree._Element, *values: str) -> None:
     commandline = root.find(_COMMANDLINE)
     if commandline is None:
         commandline = _append(root, etree.Element(_COMMANDLINE, nsmap={"qemu": QEMU_NAMESPACE}))
-    for value in ("-incoming", "defer"):
+    for value in values:
         _append(commandline, etree.Element(_ARG, {"value": value}))
+
+
+def _share_auxiliary_ram(root: etree._Element, wanted: bool | None) -> None:
+    """Sees to one `-machine aux-ram-share=on`, or to none."""
+    arguments = [argument for line in root.findall(_COMMANDLINE) for argument in line.findall(_ARG)]
+    present = [
+        (option, value)
+        for option, value in pairwise(arguments)
+        if option.get("value") in ("-machine", "--machine") and (value.get("value") or "").startswith(_AUX_RAM_SHARE)
+    ]
+    if wanted is None or (wanted and [value.get("value") for _, value in present] == [f"{_AUX_RAM_SHARE}on"]):
+        return
+    for option, value in present:
+        _remove(option)
+        _remove(value)
+    if wanted:
+        _add_arguments(root, "-machine", f"{_AUX_RAM_SHARE}on")
+    _drop_empty_commandlines(root)
+
+
+def _drop_empty_commandlines(root: etree._Element) -> None:
+    for commandline in root.findall(_COMMANDLINE):
+        if not len(commandline) and not (commandline.text or "").strip():
+            _remove(commandline)
 
 
 def _append(parent: etree._Element, child: etree._Element) -> etree._Element:

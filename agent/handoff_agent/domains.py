@@ -29,14 +29,16 @@ async def is_active(slot: Slot, uuid: str) -> bool:
         return False
 
 
-async def end_domain(slot: Slot, uuid: str) -> None:
+async def end_domain(slot: Slot, uuid: str, *, listens: bool = True) -> None:
     """Ends the domain's QEMU, at once, without asking the guest; does nothing when there is none.
 
-    QEMU is told to quit first: libvirt's destroy sends a signal and looks again only after 200 ms. Raises
-    UnavailableError or DeadlineError when libvirtd does not answer; LibvirtFailure when QEMU can't be killed.
+    A QEMU that `listens` on its monitor is told to quit first: libvirt's destroy sends a signal and looks again only
+    after 200 ms. Raises UnavailableError or DeadlineError when libvirtd does not answer; LibvirtFailure when QEMU can't
+    be killed.
     """
-    with contextlib.suppress(HandoffError):
-        await Monitor(slot, uuid).execute("quit", timeout_s=QUIT_TIMEOUT_S, urgent=True)
+    if listens:
+        with contextlib.suppress(HandoffError):
+            await Monitor(slot, uuid).execute("quit", timeout_s=QUIT_TIMEOUT_S, urgent=True)
     try:
         await slot.on_domain(uuid, lambda domain: domain.destroy(), END_TIMEOUT_S, urgent=True)
     except (NotFoundError, PreconditionError):

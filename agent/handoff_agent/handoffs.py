@@ -13,10 +13,11 @@ from handoff.agent.v1 import qemu_pb2 as pb
 from handoff.agent.v1 import types_pb2 as types
 from handoff_agent.arrival import DEFAULT_SLOT, Arrivals
 from handoff_agent.departure import Departures
-from handoff_agent.destination import DestinationHandoff, Listener
+from handoff_agent.destination import DestinationHandoff, Folder, Listener
 from handoff_agent.handoff import Handoff
 from handoff_agent.handoff_changes import HandoffChanges
 from handoff_agent.ledger import Ledger, Record, TermGuard
+from handoff_agent.local_sockets import LocalSockets, cpr_socket
 from handoff_agent.rules import (
     ABORTED,
     DESTINATION,
@@ -31,7 +32,8 @@ from handoff_agent.rules import (
     role_name,
 )
 from handoff_agent.slots import Hypervisor
-from handoff_agent.source import SourceHandoff
+from handoff_agent.source import Receiver, SourceHandoff
+from handoff_agent.survey import LOCAL_METHODS
 from handoff_common.errors import HandoffError, InvalidArgumentError, NotFoundError, PreconditionError
 
 log = structlog.get_logger()
@@ -48,6 +50,7 @@ class Handoffs:
         departures: Departures,
         arrivals: Arrivals,
         listener: Listener,
+        sockets: LocalSockets,
         ledger: Ledger,
         term_guard: TermGuard,
         changes: HandoffChanges,
@@ -56,6 +59,7 @@ class Handoffs:
         self._departures = departures
         self._arrivals = arrivals
         self._listener = listener
+        self._sockets = sockets
         self._ledger = ledger
         self._term_guard = term_guard
         self._changes = changes
@@ -139,15 +143,15 @@ class Handoffs:
     # Beginning and ending.
 
     async def prepare_source(
-        self, migration_id: str, uuid: str, *, validate_only: bool
+        self, migration_id: str, uuid: str, *, validate_only: bool, local: bool = False
     ) -> tuple[pb.Handoff, pb.SourceGuest]:
         """Begins the source's side, or answers with the one that there is."""
         if validate_only:
             self._refuse_second(migration_id, SOURCE, uuid)
-            return pb.Handoff(), await self._departures.examine(uuid)
+            return pb.Handoff(), await self._departures.examine(uuid, local=local)
         async with self._preparing:
             if self._proceeds(migration_id, SOURCE):
-                handoff, guest = await self._begin_source(migration_id, uuid)
+                handoff, guest = await self._begin_source(migration_id, uuid, local=local)
                 return handoff.to_message(), guest
         handoff = self.get(migration_id, SOURCE)
         try:
@@ -157,9 +161,9 @@ class Handoffs:
             guest = pb.SourceGuest()
         return handoff.to_message(), guest
 
-    async def _begin_source(self, migration_id: str, uuid: str) -> tuple[Handoff, pb.SourceGuest]:
+    async def _begin_source(self, migration_id: str, uuid: str, *, local: bool) -> tuple[Handoff, pb.SourceGuest]:
         self._refuse_second(migration_id, SOURCE, uuid)
-        guest = await self._departures.examine(uuid)
+        guest = await self._departures.examine(uuid, local=local)
         record = Record(
             migration_id=migration_id,
             role=SOURCE,
@@ -183,17 +187,25 @@ class Handoffs:
         return handoff, guest
 
     async def prepare_destination(
-        self, migration_id: str, guest: pb.SourceGuest, slot_name: str, *, validate_only: bool
-    ) -> pb.Handoff:
+        self,
+        migration_id: str,
+        guest: pb.SourceGuest,
+        slot_name: str,
+        *,
+        validate_only: bool,
+        method: pb.TransferMethod.ValueType = pb.TRANSFER_METHOD_TCP,
+        emulator: str = "",
+    ) -> pb.PrepareDestinationResponse:
         """Begins the destination's side, or answers with the one that there is."""
         slot_name = slot_name or DEFAULT_SLOT
+        folder = self._sockets.folder(migration_id)
         if validate_only:
-            await self._arrivals.examine(guest, slot_name)
-            return pb.Handoff()
+            arrival = await self._arrivals.examine(guest, slot_name, method, emulator)
+            return pb.PrepareDestinationResponse(cpr_obstacles=arrival.cpr_obstacles)
         async with self._preparing:
             if not self._proceeds(migration_id, DESTINATION):
-                return self.get(migration_id, DESTINATION).to_message()
-            arrival = await self._arrivals.examine(guest, slot_name)
+                return pb.PrepareDestinationResponse(handoff=self.get(migration_id, DESTINATION).to_message())
+            arrival = await self._arrivals.examine(guest, slot_name, method, emulator, cpr_socket(folder))
             record = Record(
                 migration_id=migration_id,
                 role=DESTINATION,
@@ -206,17 +218,24 @@ class Handoffs:
                 persistent_xml=arrival.persistent_xml,
                 changed_s=time.time(),
             )
-            handoff = DestinationHandoff(record, self._save, self._changes.publish, self._hypervisor.slot(slot_name))
+            handoff = DestinationHandoff(
+                record, self._save, self._changes.publish, self._hypervisor.slot(slot_name), self._sockets
+            )
+            entrance = (
+                Folder(folder, passes_on=method == pb.TRANSFER_METHOD_CPR)
+                if method in LOCAL_METHODS
+                else self._listener
+            )
             # Before the domain exists: an agent that dies in between finds what to remove.
             await self._save(record)
             try:
-                await handoff.create(arrival.create_xml, self._listener)
+                await handoff.create(arrival.create_xml, entrance)
             except BaseException:
                 await asyncio.get_running_loop().run_in_executor(self._disk, self._ledger.remove, record)
                 raise
             self._handoffs[migration_id, DESTINATION] = handoff
             self._announce(handoff)
-            return handoff.to_message()
+            return pb.PrepareDestinationResponse(handoff=handoff.to_message())
 
     async def abort(self, migration_id: str, role: Role, reason: str) -> pb.Handoff:
         """Undoes one side; remembers one that was never heard of as aborted, so that it can't begin later."""
@@ -267,10 +286,18 @@ class Handoffs:
         if slot is None:
             handoff = Handoff(record, self._save, self._changes.publish)
         elif record.role == SOURCE:
-            handoff = SourceHandoff(record, self._save, self._changes.publish, slot)
+            handoff = SourceHandoff(
+                record, self._save, self._changes.publish, slot, lambda: self._receiver(record.migration_id)
+            )
         else:
-            handoff = DestinationHandoff(record, self._save, self._changes.publish, slot)
+            handoff = DestinationHandoff(record, self._save, self._changes.publish, slot, self._sockets)
         self._handoffs[record.migration_id, record.role] = handoff
+        return handoff
+
+    def _receiver(self, migration_id: str) -> Receiver:
+        handoff = self.get(migration_id, DESTINATION)
+        if not isinstance(handoff, DestinationHandoff):
+            raise NotFoundError(f"handoff {migration_id} was aborted at the destination")
         return handoff
 
     def _announce(self, handoff: Handoff) -> None:

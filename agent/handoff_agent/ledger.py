@@ -43,6 +43,8 @@ class Record:
     bandwidth_bytes_per_s: int = 0
     downtime_limit_ms: int = 0
     switch_deadline_s: float = 0.0
+    passes_on: bool = False
+    """Source: the memory is passed on by descriptor, not copied."""
     started_s: float = 0.0
     paused_s: float = 0.0
     paused_to_held_ms: float = 0.0

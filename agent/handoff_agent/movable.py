@@ -45,6 +45,8 @@ class HostFacts:
     """Bridges (Linux and Open vSwitch) and active libvirt networks."""
     missing_paths: frozenset[str] = frozenset()
     """Those of the guest's shared images that can't be found here."""
+    emulator: str = ""
+    """Name of the build that the guest shall get; empty: one of the release that it runs under."""
 
 
 class ObstacleKind(Enum):
@@ -62,13 +64,17 @@ class Obstacle:
     message: str
 
 
-def obstacles(guest: types.Domain, facts: SourceFacts, *, is_shared: IsShared) -> tuple[str, ...]:
-    """Every reason why the guest can't leave now; empty when it can. Raises InvalidArgumentError for broken XML."""
+def obstacles(guest: types.Domain, facts: SourceFacts, *, is_shared: IsShared, local: bool = False) -> tuple[str, ...]:
+    """Every reason why the guest can't leave now; empty when it can. Raises InvalidArgumentError for broken XML.
+
+    `local`: it stays on this host and only changes its slot, so that disks of this host are no obstacle.
+    """
     root = parse_domain(facts.live_xml)
     found = [
         *_state_obstacles(guest, facts),
-        *_disk_obstacles(root, is_shared),
+        *_disk_obstacles(root, _everything if local else is_shared),
         *(message for check in _DEVICE_CHECKS for message in check(root)),
+        *(_slot_obstacles(root) if local else ()),
     ]
     return tuple(f"guest {guest.name}: {message}" for message in found)
 
@@ -122,6 +128,43 @@ def _disk_obstacles(root: etree._Element, is_shared: IsShared) -> Iterator[str]:
                     f"disk {target} is backed by {layer.source} on this host alone; pull the backing image in"
                     " (virsh blockpull), or move it to shared storage"
                 )
+
+
+def _everything(_path: str) -> bool:
+    return True
+
+
+# What each slot has for itself: its own folder is mounted there.
+_SLOT_FOLDERS = ("/var/lib/libvirt/", "/etc/libvirt/", "/run/libvirt/", "/var/run/libvirt/")
+_GENERATED_TAPS = ("vnet", "vif", "macvtap", "macvlan")
+
+
+def _slot_obstacles(root: etree._Element) -> Iterator[str]:
+    """What two QEMUs of one host can't have both, and what the other slot does not see."""
+    for interface in root.iterfind("devices/interface"):
+        tap = _attribute(interface, "target", "dev")
+        if tap and not tap.startswith(_GENERATED_TAPS):
+            yield (
+                f"interface {_attribute(interface, 'mac', 'address')} has the tap {tap}, named by its operator, which"
+                " two QEMUs can't open; leave <target dev> out and restart the guest, or move it to another host"
+            )
+    for element in root.iterfind("devices/graphics"):
+        if element.get("autoport") != "yes" and element.get("port", "-1") not in ("", "-1", "0"):
+            yield f"its {element.get('type')} display has the fixed port {element.get('port')}; use autoport"
+        if element.get("socket") or element.find("listen[@type='socket'][@socket]") is not None:
+            yield f"its {element.get('type')} display has a socket of its own, which two QEMUs can't open; use autoport"
+    for tag in ("serial", "parallel", "channel"):
+        for device in root.iterfind(f"devices/{tag}"):
+            source = device.find("source[@mode='bind']")
+            generated = source is not None and source.get("path", "").startswith(_SLOT_FOLDERS)
+            if source is not None and not generated:
+                where = source.get("path") or f"{source.get('host')}:{source.get('service')}"
+                yield f"{tag} {_alias(device)} listens at {where}, where two QEMUs can't listen; detach it"
+    paths = [root.findtext(f"os/{tag}", "") for tag in ("loader", "nvram", "kernel", "initrd", "dtb")]
+    paths += [layer.source for disk in root.iterfind("devices/disk") for layer in layers(disk)]
+    for path in paths:
+        if path.startswith(_SLOT_FOLDERS):
+            yield f"{path} is in a folder that each slot has for itself; move it elsewhere, and change the definition"
 
 
 def _local_medium(target: str, device: str, kind: str, source: str) -> str:
@@ -249,6 +292,14 @@ def _host_state_obstacles(guest: types.Domain, host: HostFacts) -> Iterator[str]
 
 
 def _build_obstacles(guest: types.Domain, host: HostFacts) -> Iterator[str]:
+    if host.emulator:
+        build = next((build for build in host.builds if build.name == host.emulator), None)
+        if build is None:
+            known = ", ".join(build.name for build in host.builds) or "none"
+            yield f"host {host.name} has no QEMU build named {host.emulator} (there: {known})"
+        else:
+            yield from _fit_obstacles(guest, host, build)
+        return
     if not guest.qemu_release:
         yield (
             f"the QEMU release of {guest.emulator}, which runs guest {guest.name}, is not known; list it under"
@@ -263,6 +314,10 @@ def _build_obstacles(guest: types.Domain, host: HostFacts) -> Iterator[str]:
             " that release there, or upgrade the guest on its own host first"
         )
         return
+    yield from _fit_obstacles(guest, host, build)
+
+
+def _fit_obstacles(guest: types.Domain, host: HostFacts, build: Build) -> Iterator[str]:
     if guest.machine_type not in build.machine_types:
         yield (
             f"{build.path} on host {host.name} has no machine type {guest.machine_type}, which guest {guest.name} uses;"

@@ -9,10 +9,15 @@ Older releases are only slowed near the end of a pass, and may be faster than th
 
 The threshold must never be 0: QEMU (10.0) then doesn't look for dirty pages again after the first pass, and pauses the
 guest with all of them still to send.
+
+With cpr-transfer nothing is copied. `migrate` sends the descriptors of the memory at once, the guest runs on, and QEMU
+waits for the new one to close that connection, which it does when it is told to listen (`migrate-incoming`). Only then
+does QEMU pause the guest, by itself, and send the state of its devices.
 """
 
 from typing import Final
 
+from handoff_agent.local_sockets import cpr_socket, main_socket
 from handoff_agent.monitor import Json, MigrationInfo, Monitor
 
 UNLIMITED_BYTES_PER_S: Final = 1 << 50
@@ -38,6 +43,8 @@ _PARAMETERS_AFTERWARDS: Final[dict[str, Json]] = {
     "max-bandwidth": 128 << 20,
     "downtime-limit": 300,
 }
+_PASS_ON_CAPABILITIES: Final = {"return-path": True, "events": True}
+_MODE: Final = "mode"
 _SWITCHOVER_BANDWIDTH: Final = "avail-switchover-bandwidth"
 
 
@@ -62,6 +69,13 @@ class OutgoingMigration:
         )
         await self._monitor.execute_with_fd("getfd", {"fdname": _FD_NAME}, fd)
         await self._monitor.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
+
+    async def pass_on(self, folder: str) -> None:
+        """Sends the descriptors of the memory to the QEMU that waits in `folder`; the guest runs on."""
+        await self._monitor.set_capabilities(_PASS_ON_CAPABILITIES)
+        await self._monitor.execute("migrate-set-parameters", {_MODE: "cpr-transfer"})
+        channels: list[Json] = [_channel("main", main_socket(folder)), _channel("cpr", cpr_socket(folder))]
+        await self._monitor.execute("migrate", {"channels": channels})
 
     async def hold(self) -> None:
         """Slows the copy to one page in 100 ms, so that the present pass does not end."""
@@ -107,6 +121,7 @@ class OutgoingMigration:
         ours = {*_CAPABILITIES, _GATE} - {"events"}
         await self._monitor.set_capabilities({name: False for name in ours if on.get(name)})
         await self._set(_PARAMETERS_AFTERWARDS, switchover_bytes_per_s=0)
+        await set_mode(self._monitor, "normal")
 
     async def _set(self, parameters: dict[str, Json], *, switchover_bytes_per_s: int) -> None:
         if self._has_switchover_bandwidth is None:
@@ -116,3 +131,18 @@ class OutgoingMigration:
         if self._has_switchover_bandwidth:
             parameters = parameters | {_SWITCHOVER_BANDWIDTH: switchover_bytes_per_s}
         await self._monitor.execute("migrate-set-parameters", parameters, urgent=True)
+
+
+async def set_mode(monitor: Monitor, mode: str) -> bool:
+    """Sets QEMU's migration mode; False when this QEMU (before 8.2) has no modes. Raises as Monitor.execute does."""
+    known = await monitor.execute("query-migrate-parameters")
+    assert isinstance(known, dict)
+    if _MODE not in known:
+        return False
+    if known[_MODE] != mode:
+        await monitor.execute("migrate-set-parameters", {_MODE: mode})
+    return True
+
+
+def _channel(kind: str, path: str) -> Json:
+    return {"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}}

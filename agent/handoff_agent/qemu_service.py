@@ -95,7 +95,10 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
         await self._handoffs.admit(request.fence)
         handoff, guest = await self._to_the_end(
             self._handoffs.prepare_source(
-                request.migration_id, request.domain_uuid, validate_only=request.validate_only
+                request.migration_id,
+                request.domain_uuid,
+                validate_only=request.validate_only,
+                local=request.local,
             )
         )
         return pb.PrepareSourceResponse(handoff=handoff, guest=guest)
@@ -107,12 +110,16 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
     ) -> pb.PrepareDestinationResponse:
         """Creates the waiting domain."""
         await self._handoffs.admit(request.fence)
-        handoff = await self._to_the_end(
+        return await self._to_the_end(
             self._handoffs.prepare_destination(
-                request.migration_id, request.guest, request.slot, validate_only=request.validate_only
+                request.migration_id,
+                request.guest,
+                request.slot,
+                validate_only=request.validate_only,
+                method=request.method,
+                emulator=request.emulator,
             )
         )
-        return pb.PrepareDestinationResponse(handoff=handoff)
 
     async def StartTransfer(  # noqa: N802
         self, request: pb.StartTransferRequest, context: "Context[pb.StartTransferRequest, pb.StartTransferResponse]"

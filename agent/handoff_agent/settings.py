@@ -37,6 +37,8 @@ class AgentSettings(Settings):
     migration_address: str = Field(description="address of this host that migration streams come in on")
     migration_ports: tuple[int, int] = Field(default=(49152, 49215), description="first and last port for them")
     state_dir: Path = Field(default=Path("/var/lib/handoff/agent"), description="the agent's own records")
+    runtime_dir: Path = Field(default=Path("/run/handoff"), description="sockets of upgrades, seen by all slots")
+    qemu_user: str = Field(default="root", description="user that libvirt runs QEMU as; owns the sockets of upgrades")
     shared_paths: tuple[str, ...] = Field(default=(), description="directories with the same content on other hosts")
     memory_mib: int | None = Field(
         default=None, gt=0, description="memory that guests may use; default: all but 1 GiB of the machine's"

@@ -12,13 +12,21 @@ QEMU and the agent talk like this (QEMU's states in brackets):
 
 A QEMU before 8.1 pauses the guest by itself after SwitchOver, or before it when it finds nothing dirty. The latter is
 READY too, but the guest waits: it runs again when the order does not come within UNORDERED_PAUSE_S.
+
+When the memory is passed on ("cpr:…"), the other QEMU is on this host, and its side of the handoff in this agent:
+
+    StartTransfer     migrate: the descriptors are sent [setup]          TRANSFERRING
+                      the new QEMU has started                           READY
+    SwitchOver        the new QEMU is told to listen                     SWITCHING
+                      STOP event, the devices are sent   [active]        deadline armed
+                                                         [completed]     HELD
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Final, Protocol
 
 from handoff.agent.v1 import qemu_pb2 as pb
 from handoff_agent.convergence import (
@@ -33,6 +41,7 @@ from handoff_agent.domains import end_domain, is_active, undefine
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Handoff, Notify, Save, timestamp
 from handoff_agent.ledger import Record
+from handoff_agent.local_sockets import CPR
 from handoff_agent.monitor import MigrationInfo, MigrationStatus, Monitor
 from handoff_agent.outgoing import OutgoingMigration
 from handoff_agent.rules import ABORTED, COPYING_STATES, FAILED, HELD, READY, RELEASED, SWITCHING, TRANSFERRING, Call
@@ -61,12 +70,26 @@ _RUNNING_STATUSES: Final = ("running", "io-error", "watchdog", "guest-panicked",
 """QEMU's run states in which a guest is not waiting for us."""
 
 
+class Receiver(Protocol):
+    """The destination's side, where it is in the same agent."""
+
+    async def is_started(self) -> bool:
+        """Its QEMU has the memory and answers. Raises HandoffError when it has ended instead."""
+
+    async def accept(self) -> None:
+        """Lets its QEMU take the devices' state: the source's QEMU pauses the guest at once."""
+
+
 class SourceHandoff(Handoff):
     """One guest that leaves. Its transfer is a task that outlives the call that began it."""
 
-    def __init__(self, record: Record, save: Save, notify: Notify, slot: Slot) -> None:
+    def __init__(
+        self, record: Record, save: Save, notify: Notify, slot: Slot, receiver: Callable[[], Receiver]
+    ) -> None:
+        """`receiver` raises NotFoundError when the destination's side is not in this agent."""
         super().__init__(record, save, notify)
         self._slot = slot
+        self._receiver = receiver
         self._monitor = Monitor(slot, record.domain_uuid)
         self._migration = OutgoingMigration(self._monitor, record.bandwidth_bytes_per_s)
         self._stream: Stream | None = None
@@ -89,6 +112,7 @@ class SourceHandoff(Handoff):
         self._paused = False
         self._stopped_s = 0.0
         self._continued = False
+        self._accepted_s = 0.0
         self._over = False
         self._aborting = False
         self._cut_reason = ""
@@ -105,6 +129,7 @@ class SourceHandoff(Handoff):
                 downtime_limit_ms=limits.downtime_limit_ms,
                 bandwidth_bytes_per_s=bandwidth,
                 switch_deadline_s=deadline_s,
+                passes_on=uri.startswith(CPR),
                 started_s=time.time(),
             )
             self._migration = OutgoingMigration(self._monitor, bandwidth)
@@ -167,8 +192,11 @@ class SourceHandoff(Handoff):
     async def _transfer(self, uri: str, begun: asyncio.Event) -> None:
         with self._slot.events(self.record.domain_uuid) as events:
             try:
-                self._stream = await Stream.connect(uri)
-                await self._migration.begin(self._stream.fileno())
+                if self.record.passes_on:
+                    await self._migration.pass_on(uri.removeprefix(CPR))
+                else:
+                    self._stream = await Stream.connect(uri)
+                    await self._migration.begin(self._stream.fileno())
             except HandoffError as error:
                 await self._fail(f"the transfer could not begin: {error.message}")
                 return
@@ -202,6 +230,9 @@ class SourceHandoff(Handoff):
                 await self._look()
             case MonitorEvent(event="STOP"):
                 self._stopped_s = event.time_s
+                if self.record.passes_on and not self._over:
+                    self._paused = True
+                    self._arm(self.record.switch_deadline_s)
             case MonitorEvent(event="MIGRATION"):
                 await self._act(MigrationStatus.parse(str(event.data.get("status"))))
             case LifecycleEvent(kind="stopped" | "crashed"):
@@ -219,12 +250,26 @@ class SourceHandoff(Handoff):
             return
         if self._paused or self._stop_sent:
             self._next_look_s = HELD_BACK_POLL_S
+        elif self.record.passes_on:
+            await self._await_receiver()
         elif info.status is MigrationStatus.ACTIVE:
             await self._judge(info)
         else:
             self._next_look_s = ORDERED_POLL_S
         if self._ordered_at:
             await self._go()
+
+    async def _await_receiver(self) -> None:
+        self._next_look_s = GATED_POLL_S if self.state == TRANSFERRING else HELD_BACK_POLL_S
+        if self.state != TRANSFERRING:
+            return
+        try:
+            started = await self._receiver().is_started()
+        except HandoffError as error:
+            self._cut(f"the new QEMU did not start: {error.message}")
+            return
+        if started:
+            await self.change(state=READY)
 
     async def _act(self, status: MigrationStatus) -> None:
         match status:
@@ -290,6 +335,14 @@ class SourceHandoff(Handoff):
         """Does what is still missing of an ordered switch; called again until the guest is paused and sent."""
         if self._over or self._continued:
             return
+        if self.record.passes_on:
+            self._continued = True
+            self._accepted_s = time.time()
+            try:
+                await self._receiver().accept()
+            except HandoffError as error:
+                self._cut(f"the new QEMU does not take the guest: {error.message}")
+            return
         try:
             if self._paused:
                 self._arm(self.record.switch_deadline_s)
@@ -344,13 +397,15 @@ class SourceHandoff(Handoff):
         self._over = True
         self._disarm()
         held_s = time.time()
-        paused_s = self._stopped_s or held_s
+        # QEMU may have passed the guest on before its STOP is heard; it was not paused before this.
+        paused_s = self._stopped_s or self._accepted_s or held_s
         await self.change(
             state=HELD, message="", paused_s=paused_s, paused_to_held_ms=max(0.0, 1000 * (held_s - paused_s))
         )
         self._close_stream()
         with contextlib.suppress(HandoffError):
             info = await self._migration.query()
+            self.progress = self.progress or _final_progress(info)
             await self.change(qemu_downtime_ms=info.downtime_ms)
 
     async def _on_broken(self) -> None:
@@ -475,4 +530,15 @@ def _progress(info: MigrationInfo, sample: Sample, reason: str) -> pb.TransferPr
         expected_downtime_ms=int(expected_downtime_ms(sample) or 0),
         elapsed_ms=info.total_ms,
         decision=reason,
+    )
+
+
+def _final_progress(info: MigrationInfo) -> pb.TransferProgress:
+    """What there is to tell when nothing was copied in passes."""
+    return pb.TransferProgress(
+        time=timestamp(time.time()),
+        ram_total_bytes=info.ram_total_bytes,
+        ram_transferred_bytes=info.ram_transferred_bytes,
+        iterations=info.iterations,
+        elapsed_ms=info.total_ms,
     )

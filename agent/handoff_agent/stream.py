@@ -1,4 +1,4 @@
-"""The TCP connection that carries a guest's memory; QEMU gets a copy of its descriptor, the agent keeps one.
+"""The connection that carries a guest's memory; QEMU gets a copy of its descriptor, the agent keeps one.
 
 QEMU can sit in a write for minutes when the link dies in the pause. A shutdown() on any descriptor of the connection
 ends that write at once.
@@ -9,6 +9,7 @@ import contextlib
 import socket
 from typing import Final
 
+from handoff_agent.local_sockets import UNIX
 from handoff_common.errors import InvalidArgumentError, UnavailableError
 
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -33,7 +34,12 @@ class Stream:
 
     @classmethod
     async def connect(cls, uri: str) -> "Stream":
-        """Connects. Raises UnavailableError when there is no answer in time, InvalidArgumentError for a bad URI."""
+        """Connects to "tcp:…" or "unix:PATH".
+
+        Raises UnavailableError when there is no answer in time, InvalidArgumentError for a bad URI.
+        """
+        if uri.startswith(UNIX):
+            return cls(await _connect_unix(uri.removeprefix(UNIX)))
         host, port = parse_uri(uri)
         loop = asyncio.get_running_loop()
         try:
@@ -67,3 +73,22 @@ class Stream:
     def close(self) -> None:
         """Gives up our descriptor; the connection lives on as long as QEMU has its own."""
         self._socket.close()
+
+
+async def _connect_unix(path: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.setblocking(False)
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await asyncio.get_running_loop().sock_connect(connection, path)
+        connection.setblocking(True)
+    except TimeoutError:
+        connection.close()
+        raise UnavailableError(f"the new QEMU at {path} did not answer within {CONNECT_TIMEOUT_S:g} s") from None
+    except OSError as error:
+        connection.close()
+        raise UnavailableError(f"the new QEMU at {path} can't be reached: {error.strerror}") from None
+    except BaseException:
+        connection.close()
+        raise
+    return connection

@@ -10,16 +10,19 @@ from typing import Final
 
 import libvirt
 
+from handoff.agent.v1 import qemu_pb2 as pb
 from handoff.agent.v1 import types_pb2 as types
 from handoff_agent.emulators import Emulators
 from handoff_agent.host_service import free_memory_bytes
 from handoff_agent.inventory import Inventory
-from handoff_agent.monitor import Monitor
+from handoff_agent.monitor import Monitor, QmpError
 from handoff_agent.movable import HostFacts, SourceFacts
+from handoff_agent.outgoing import set_mode
 from handoff_agent.settings import AgentSettings
 from handoff_agent.slots import Hypervisor, LibvirtFailure, Slot
 from handoff_common.errors import DeadlineError, UnavailableError
 
+LOCAL_METHODS: Final = (pb.TRANSFER_METHOD_UNIX, pb.TRANSFER_METHOD_CPR)
 # Network file systems block the one who looks until they are back.
 PATHS_TIMEOUT_S: Final = 5.0
 
@@ -60,8 +63,28 @@ class Survey:
         migration = await Monitor(slot, guest.uuid).query_migrate()
         return replace(facts, blocked_reasons=migration.blocked_reasons)
 
-    async def host_facts(self, guest: types.Domain, slot_name: str) -> HostFacts:
-        """What `destination_obstacles` needs to know of this host for a guest from elsewhere.
+    async def cpr_obstacles(self, guest: types.Domain) -> tuple[str, ...]:
+        """Why the guest's QEMU can't pass its memory on, by its own word. Raises as Monitor.execute does."""
+        monitor = Monitor(self._hypervisor.slot(guest.slot), guest.uuid)
+        release = guest.qemu_release or "its QEMU"
+        try:
+            if not await set_mode(monitor, "cpr-transfer"):
+                return (f"QEMU {release}, which runs it now, does not know cpr-transfer",)
+        except QmpError as error:
+            return (f"QEMU {release}, which runs it now, can't pass memory on: {error.desc}",)
+        try:
+            return (await monitor.query_migrate()).blocked_reasons
+        finally:
+            await set_mode(monitor, "normal")
+
+    async def host_facts(
+        self,
+        guest: types.Domain,
+        slot_name: str,
+        method: pb.TransferMethod.ValueType = pb.TRANSFER_METHOD_TCP,
+        emulator: str = "",
+    ) -> HostFacts:
+        """What `destination_obstacles` needs to know of this host for a guest from elsewhere, or from another slot.
 
         Raises NotFoundError for an unknown slot, UnavailableError when a slot has no libvirtd, and DeadlineError when
         a libvirtd or the storage does not answer.
@@ -73,17 +96,22 @@ class Survey:
                     f"host {self._settings.name}: slot {each.name} has no libvirtd, so what it uses is not known;"
                     " start it first"
                 )
+        local = method in LOCAL_METHODS
         domains = await self._inventory.domains()
+        free_bytes = free_memory_bytes(self._settings.guest_memory_bytes(), domains)
+        if method == pb.TRANSFER_METHOD_CPR:  # the memory stays the same
+            free_bytes += guest.memory_bytes
         return HostFacts(
             name=self._settings.name,
-            memory_free_bytes=free_memory_bytes(self._settings.guest_memory_bytes(), domains),
+            memory_free_bytes=free_bytes,
             names=frozenset(domain.name for domain in domains if domain.slot == slot_name),
-            uuids=frozenset(domain.uuid for domain in domains),
+            uuids=frozenset(domain.uuid for domain in domains if not (local and domain.slot == guest.slot)),
             builds=self._emulators.builds,
             bridges=frozenset(name for _, name in socket.if_nameindex()) | await _networks(slot),
             missing_paths=await self._missing(
                 [disk.source for disk in guest.disks if disk.placement == types.DISK_PLACEMENT_SHARED]
             ),
+            emulator=emulator,
         )
 
     async def _missing(self, paths: Sequence[str]) -> frozenset[str]:

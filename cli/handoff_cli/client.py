@@ -19,17 +19,19 @@ from handoff.controller.v1.hosts_pb2_grpc import HostsServiceStub
 from handoff.controller.v1.migrations_pb2 import (
     CancelMigrationRequest,
     CreateMigrationRequest,
+    CreateUpgradeRequest,
     GetMigrationRequest,
     ListMigrationsRequest,
     ListMigrationsResponse,
     Migration,
+    MigrationKind,
     WatchMigrationRequest,
     WatchMigrationResponse,
 )
 from handoff.controller.v1.migrations_pb2_grpc import MigrationsServiceStub
 from handoff_cli.failover import Failover
 from handoff_cli.states import is_final
-from handoff_common.errors import HandoffError, PreconditionError
+from handoff_common.errors import HandoffError, InvalidArgumentError, PreconditionError
 
 if TYPE_CHECKING:
     WatchCall = grpc.aio.UnaryStreamCall[WatchMigrationRequest, WatchMigrationResponse]
@@ -104,6 +106,27 @@ class Controllers:
             raise PreconditionError(
                 f"request id {created.id} belongs to the migration of {created.guest_name} "
                 f"to {created.destination.host}; choose another"
+            )
+        return created
+
+    async def create_upgrade(self, request: CreateUpgradeRequest) -> Migration:
+        """Starts an upgrade; as `create`."""
+        assert request.request_id
+        try:
+            response = await self._failover.write(
+                lambda channel, s: MigrationsServiceStub(channel).CreateUpgrade(request, timeout=s)
+            )
+        except (PreconditionError, InvalidArgumentError):
+            # An unanswered try of ours may be what stands in the way, or be over already.
+            created = await self._created(request.request_id)
+            if created is None:
+                raise
+        else:
+            created = response.migration
+        is_ours = request.guest == created.guest_name or request.guest.lower() == created.guest_uuid
+        if not is_ours or created.kind != MigrationKind.MIGRATION_KIND_UPGRADE:
+            raise PreconditionError(
+                f"request id {created.id} belongs to another migration, of {created.guest_name}; choose another"
             )
         return created
 

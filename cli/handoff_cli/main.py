@@ -16,6 +16,7 @@ DEFAULT = click.core.ParameterSource.DEFAULT
 
 COMMANDS = {
     "migrate": "Move a running guest to another host.",
+    "upgrade": "Give a running guest another QEMU, on the host where it is.",
     "cancel": "Undo a migration; the guest stays where it is.",
     "list": "List migrations, newest first.",
     "show": "Show a migration: timeline, pause, figures.",

@@ -20,6 +20,19 @@ class Verdict:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    name: str
+    value: int
+
+
+def _limit(pair: frozenset[str], settings: AdmissionSettings) -> _Limit:
+    """An upgrade stays on its host: no link is shared, but its processors and its memory are."""
+    if len(pair) == 1:
+        return _Limit("max_upgrades_per_host", settings.max_upgrades_per_host)
+    return _Limit("max_parallel_per_pair", settings.max_parallel_per_pair)
+
+
 def _pair(migration: Migration) -> frozenset[str]:
     return frozenset({migration.source.host, migration.destination.host})
 
@@ -44,15 +57,16 @@ def admit(
         if state_of(migration) is not State.PLANNED or migration.id in admitted:
             continue
         pair = _pair(migration)
-        if busy[pair] < settings.max_parallel_per_pair:
+        limit = _limit(pair, settings)
+        if busy[pair] < limit.value:
             busy[pair] += 1
             holders.setdefault(pair, migration.id)
             verdicts[migration.id] = Verdict(admitted=True)
         else:
-            hosts = " and ".join(sorted(pair))
+            where = f"between {' and '.join(sorted(pair))}" if len(pair) > 1 else f"on {min(pair)}"
             verdicts[migration.id] = Verdict(
                 admitted=False,
-                reason=f"{holders[pair]} is moving between {hosts} "
-                f"(admission.max_parallel_per_pair is {settings.max_parallel_per_pair})",
+                reason=f"{holders[pair]} is {'moving' if len(pair) > 1 else 'under way'} {where} "
+                f"(admission.{limit.name} is {limit.value})",
             )
     return verdicts

@@ -24,6 +24,7 @@ from handoff.agent.v1.qemu_pb2 import (
     StartTransferRequest,
     SwitchOverRequest,
     TransferLimits,
+    TransferMethod,
     WatchHandoffRequest,
 )
 from handoff.agent.v1.qemu_pb2_grpc import QemuServiceStub
@@ -47,12 +48,20 @@ class Agent(Protocol):
     name: str
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False
+        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
     ) -> SourceGuest:
         """PrepareSource."""
 
     async def prepare_destination(
-        self, fence: Fence, migration_id: str, guest: SourceGuest, slot: str, *, validate_only: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        guest: SourceGuest,
+        slot: str,
+        *,
+        validate_only: bool = False,
+        method: "TransferMethod.ValueType" = TransferMethod.TRANSFER_METHOD_TCP,
+        emulator: str = "",
     ) -> Handoff:
         """PrepareDestination."""
 
@@ -125,21 +134,35 @@ class GrpcAgent:
             call.cancel()
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False
+        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
     ) -> SourceGuest:
         """PrepareSource."""
         request = PrepareSourceRequest(
-            fence=fence, migration_id=migration_id, domain_uuid=domain_uuid, validate_only=validate_only
+            fence=fence, migration_id=migration_id, domain_uuid=domain_uuid, validate_only=validate_only, local=local
         )
         response = await self._answer(lambda: self._qemu.PrepareSource(request, timeout=ORDER_S))
         return response.guest
 
     async def prepare_destination(
-        self, fence: Fence, migration_id: str, guest: SourceGuest, slot: str, *, validate_only: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        guest: SourceGuest,
+        slot: str,
+        *,
+        validate_only: bool = False,
+        method: "TransferMethod.ValueType" = TransferMethod.TRANSFER_METHOD_TCP,
+        emulator: str = "",
     ) -> Handoff:
         """PrepareDestination."""
         request = PrepareDestinationRequest(
-            fence=fence, migration_id=migration_id, guest=guest, slot=slot, validate_only=validate_only
+            fence=fence,
+            migration_id=migration_id,
+            guest=guest,
+            slot=slot,
+            validate_only=validate_only,
+            method=method,
+            emulator=emulator,
         )
         response = await self._answer(lambda: self._qemu.PrepareDestination(request, timeout=DOMAIN_S))
         return response.handoff

@@ -5,7 +5,7 @@ import asyncio
 import structlog
 
 from handoff.agent.v1.types_pb2 import Fence
-from handoff.controller.v1.migrations_pb2 import CreateMigrationRequest, Migration
+from handoff.controller.v1.migrations_pb2 import CreateMigrationRequest, CreateUpgradeRequest, Migration
 from handoff_common.errors import (
     ConflictError,
     DeadlineError,
@@ -25,6 +25,7 @@ from handoff_controller.planner import Planner
 from handoff_controller.settings import ControllerSettings
 from handoff_controller.settle import Settler
 from handoff_controller.store import Store
+from handoff_controller.upgrade_planner import UpgradePlanner
 
 log = structlog.get_logger()
 
@@ -46,6 +47,7 @@ class Conductor:
         self._settings = settings
         self._fence = Fence(term=leadership.term, leader=settings.name)
         self._planner = Planner(self._store, agents, self._fence)
+        self._upgrades = UpgradePlanner(self._store, agents, self._fence)
         self._fleet = Fleet(agents, self._store, Settler(self._store, self._fence, self._is_driven))
         self._drivers: dict[str, Driver] = {}
         self._admitted: dict[str, asyncio.Event] = {}
@@ -66,8 +68,8 @@ class Conductor:
                 raise StaleTermError(f"term {self.leadership.term} has ended while it was at work") from group
             raise
 
-    async def create(self, request: CreateMigrationRequest) -> Migration:
-        """Plans, records and starts a migration; see CreateMigration for what it raises."""
+    async def create(self, request: CreateMigrationRequest | CreateUpgradeRequest) -> Migration:
+        """Plans, records and starts a migration; see CreateMigration and CreateUpgrade for what it raises."""
         # Admission must know of everything that is in flight.
         await self._adopted.wait()
         if request.request_id and (known := await self._store.find_migration(request.request_id)) is not None:
@@ -133,13 +135,18 @@ class Conductor:
         log.info("adopted", migration=migration.id, state=state_of(migration).name)
         self._start(migration)
 
-    async def _planned(self, request: CreateMigrationRequest) -> Migration:
+    async def _planned(self, request: CreateMigrationRequest | CreateUpgradeRequest) -> Migration:
         try:
-            return await self._planner.plan(request)
+            return await self._plan(request)
         except NotFoundError:
             # A guest that was started a moment ago is not in the records yet.
             await asyncio.gather(*(self._fleet.look(name) for name in self._agents.names()))
-            return await self._planner.plan(request)
+            return await self._plan(request)
+
+    async def _plan(self, request: CreateMigrationRequest | CreateUpgradeRequest) -> Migration:
+        if isinstance(request, CreateUpgradeRequest):
+            return await self._upgrades.plan(request)
+        return await self._planner.plan(request)
 
     def _is_driven(self, migration_id: str) -> bool:
         return migration_id in self._drivers

@@ -16,7 +16,7 @@ import structlog
 
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState, TransferLimits, TransferProgress
 from handoff.agent.v1.types_pb2 import Fence
-from handoff.controller.v1.migrations_pb2 import Migration
+from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind
 from handoff_common.errors import DeadlineError, HandoffError, PreconditionError, UnavailableError
 from handoff_controller.agents import Agent
 from handoff_controller.machine import CANCELLABLE, FINAL, PHASES, Event, State, Step, enter, next_state, state_of
@@ -100,10 +100,7 @@ class Driver:
             if state in (State.ABORTING, State.ABORTED):
                 return self.migration
             if state not in CANCELLABLE:
-                raise PreconditionError(
-                    f"migration {self.migration.id} is {state.name}: {self.migration.guest_name} already belongs to "
-                    f"{self.migration.destination.host}. To bring it back, migrate it to {self.migration.source.host}"
-                )
+                raise PreconditionError(f"migration {self.migration.id} is {state.name}: {_committed(self.migration)}")
             changed = Migration()
             changed.CopyFrom(self.migration)
             changed.cancel_requested = True
@@ -234,14 +231,24 @@ class Driver:
 
     async def _prepare_source(self) -> None:
         self._guest = await self._insist(
-            lambda: self._source.prepare_source(self._fence, self.migration.id, self.migration.guest_uuid),
+            lambda: self._source.prepare_source(
+                self._fence,
+                self.migration.id,
+                self.migration.guest_uuid,
+                local=self.migration.kind == MigrationKind.MIGRATION_KIND_UPGRADE,
+            ),
             PATIENCE_S[State.PREPARING],
         )
 
     async def _prepare_destination(self) -> None:
         handoff = await self._insist(
             lambda: self._destination.prepare_destination(
-                self._fence, self.migration.id, self._guest, self.migration.destination.slot
+                self._fence,
+                self.migration.id,
+                self._guest,
+                self.migration.destination.slot,
+                method=self.migration.method,
+                emulator=self.migration.release,
             ),
             PATIENCE_S[State.PREPARING],
         )
@@ -377,9 +384,14 @@ class Driver:
                 outcome.downtime_ms = max(0.0, (running_ns - outcome.paused_time.ToNanoseconds()) / 1e6)
 
     async def _release_source(self) -> None:
-        await self._try(
+        released = await self._try(
             "release", self.migration.source.host, lambda: self._source.release_source(self._fence, self.migration.id)
         )
+        if released is not None:
+            # QEMU was not asked for these while the guest was paused.
+            outcome = self.migration.outcome
+            outcome.qemu_downtime_ms = released.switch_timings.qemu_downtime_ms or outcome.qemu_downtime_ms
+            outcome.ram_bytes = max(outcome.ram_bytes, released.progress.ram_transferred_bytes)
 
     async def _finalize_destination(self) -> None:
         await self._try(
@@ -388,11 +400,12 @@ class Driver:
             lambda: self._destination.finalize_destination(self._fence, self.migration.id),
         )
 
-    async def _try(self, what: str, host: str, call: Callable[[], Awaitable[Handoff]]) -> None:
+    async def _try(self, what: str, host: str, call: Callable[[], Awaitable[Handoff]]) -> Handoff | None:
         try:
-            await self._insist(call, PATIENCE_S[State.FINISHING], also_refusals=True)
+            return await self._insist(call, PATIENCE_S[State.FINISHING], also_refusals=True)
         except StepFailed as failure:
             self._warn(f"{what} on {host} has not been done: {failure}. It is done when the host's agent is back")
+            return None
 
     async def _abort_source(self) -> None:
         """Lets the guest run at the source again. There is no giving up: it may be held there."""
@@ -428,6 +441,16 @@ class Driver:
     def _warn(self, warning: str) -> None:
         if warning not in self.migration.warnings:
             self.migration.warnings.append(warning)
+
+
+def _committed(migration: Migration) -> str:
+    """Why a cancel is refused, and what to do instead."""
+    if migration.kind == MigrationKind.MIGRATION_KIND_UPGRADE:
+        return f"{migration.guest_name} already has its new QEMU. To bring the old one back, upgrade it to that release"
+    return (
+        f"{migration.guest_name} already belongs to {migration.destination.host}. To bring it back, migrate it to "
+        f"{migration.source.host}"
+    )
 
 
 def _cancelled(state: State) -> Work:

@@ -5,9 +5,17 @@ import re
 import secrets
 from datetime import UTC, datetime, timedelta
 
+from handoff.agent.v1.qemu_pb2 import TransferMethod
 from handoff.agent.v1.types_pb2 import Fence
 from handoff.controller.v1.guests_pb2 import Guest
-from handoff.controller.v1.migrations_pb2 import CreateMigrationRequest, Migration, MigrationOptions, Placement
+from handoff.controller.v1.migrations_pb2 import (
+    CreateMigrationRequest,
+    CreateUpgradeRequest,
+    Migration,
+    MigrationKind,
+    MigrationOptions,
+    Placement,
+)
 from handoff_common.errors import (
     DeadlineError,
     HandoffError,
@@ -63,6 +71,28 @@ def new_migration_id(now: datetime) -> str:
     return f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
+def check_names(request: CreateMigrationRequest | CreateUpgradeRequest) -> None:
+    """Raises InvalidArgumentError for an id that can't be one, or without a guest. Pure."""
+    if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
+        raise InvalidArgumentError("request_id: letters, digits and dashes, at most 64")
+    if not request.guest:
+        raise InvalidArgumentError("no guest given; `handoff guests` lists them")
+
+
+def check_free(guest: Guest) -> None:
+    """Raises PreconditionError when the guest is being moved, or is not what its record says. Pure."""
+    if guest.active_migration:
+        raise PreconditionError(
+            f"{guest.name} is being moved by migration {guest.active_migration}: wait for it "
+            f"(`handoff watch {guest.active_migration}`) or cancel it"
+        )
+    if guest.conflicts:
+        raise PreconditionError(
+            f"{guest.name} belongs to {guest.owner.host}, but also runs on {', '.join(guest.conflicts)}: "
+            "find out which copy is right and destroy the others first"
+        )
+
+
 class Planner:
     """Checks requests against the records and both hosts."""
 
@@ -74,10 +104,7 @@ class Planner:
     async def plan(self, request: CreateMigrationRequest) -> Migration:
         """The migration, in PLANNED, not yet recorded. Raises what CreateMigration documents; changes nothing."""
         now = datetime.now(UTC)
-        if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
-            raise InvalidArgumentError("request_id: letters, digits and dashes, at most 64")
-        if not request.guest:
-            raise InvalidArgumentError("no guest given; `handoff guests` lists them")
+        check_names(request)
         if not request.destination_host:
             raise InvalidArgumentError("no destination host given; `handoff hosts` lists them")
         options = with_defaults(request.options)
@@ -93,12 +120,14 @@ class Planner:
             # A host's slots matter to hot upgrades only; a guest that comes from elsewhere starts in the first.
             destination=Placement(host=request.destination_host, slot="a"),
             options=options,
+            kind=MigrationKind.MIGRATION_KIND_MOVE,
+            method=TransferMethod.TRANSFER_METHOD_TCP,
         )
         migration.create_time.FromDatetime(now)
         try:
             await self._check_hosts(migration, source, destination)
         except HandoffError as error:
-            raise _explained(error, migration) from error
+            raise explained(error, f"move {guest.name} to {migration.destination.host}") from error
         return enter(migration, State.PLANNED, at=now, term=self._fence.term)
 
     async def _check_hosts(self, migration: Migration, source: GrpcAgent, destination: GrpcAgent) -> None:
@@ -120,19 +149,10 @@ class Planner:
     def _check_free(self, guest: Guest, destination: str) -> None:
         if guest.owner.host == destination:
             raise InvalidArgumentError(f"{guest.name} is on {destination} already; name another host")
-        if guest.active_migration:
-            raise PreconditionError(
-                f"{guest.name} is being moved by migration {guest.active_migration}: wait for it "
-                f"(`handoff watch {guest.active_migration}`) or cancel it"
-            )
-        if guest.conflicts:
-            raise PreconditionError(
-                f"{guest.name} belongs to {guest.owner.host}, but also runs on {', '.join(guest.conflicts)}: "
-                "find out which copy is right and destroy the others first"
-            )
+        check_free(guest)
 
 
-def _explained(problem: HandoffError, migration: Migration) -> HandoffError:
+def explained(problem: HandoffError, what: str) -> HandoffError:
     """The same error, saying what it is in the way of; a host that is down is told from a controller that is."""
     kind = HostDownError if isinstance(problem, UnavailableError | DeadlineError) else type(problem)
-    return kind(f"can't move {migration.guest_name} to {migration.destination.host}: {problem.message}")
+    return kind(f"can't {what}: {problem.message}")

@@ -30,11 +30,12 @@ def reconcile(
     the host that has it; one that two hosts have active keeps its owner and the other is noted as a conflict; one that
     its owner no longer has is forgotten.
     """
-    here = {domain.uuid: domain for domain in domains}
     known = {guest.uuid: guest for guest in guests}
+    # In an upgrade, and while its old copy is not removed yet, both slots have it.
+    here = {domain.uuid: domain for domain in sorted(domains, key=lambda one: _precedence(one, known.get(one.uuid)))}
     written = [
         Guest(uuid=domain.uuid, name=domain.name, owner=Placement(host=host, slot=domain.slot), generation=1)
-        for domain in domains
+        for domain in here.values()
         if domain.uuid not in known and not domain.migration_id
     ]
     forgotten: list[Guest] = []
@@ -54,6 +55,12 @@ def reconcile(
         if changed != guest:
             written.append(changed)
     return Changes(tuple(written), tuple(forgotten))
+
+
+def _precedence(domain: Domain, guest: Guest | None) -> tuple[bool, bool, bool]:
+    """Of two domains of one guest the later one is the guest: one that runs, that is active, that is in its slot."""
+    is_in_its_slot = guest is not None and guest.owner.slot == domain.slot
+    return domain.state == DomainState.DOMAIN_STATE_RUNNING, domain.state in ACTIVE, is_in_its_slot
 
 
 def _seen_at_owner(guest: Guest, host: str, domain: Domain) -> Guest:

@@ -30,6 +30,8 @@ from handoff.controller.v1.migrations_pb2 import (
     CancelMigrationResponse,
     CreateMigrationRequest,
     CreateMigrationResponse,
+    CreateUpgradeRequest,
+    CreateUpgradeResponse,
     GetMigrationRequest,
     GetMigrationResponse,
     ListMigrationsRequest,
@@ -82,6 +84,14 @@ class LeaderLink:
     async def forward(
         self, context: Context, call: Callable[["MigrationsServiceAsyncStub", float, Metadata], Awaitable[Response]]
     ) -> Response:
+        """As forward_through, for what is about migrations."""
+        return await self.forward_through(
+            context, lambda channel, timeout_s, via: call(MigrationsServiceStub(channel), timeout_s, via)
+        )
+
+    async def forward_through(
+        self, context: Context, call: Callable[[grpc.aio.Channel, float, Metadata], Awaitable[Response]]
+    ) -> Response:
         """Has the leader answer. Raises UnavailableError when there is none, or it is not who it was."""
         leader = await current_leader(self._client)
         forwarded = dict(context.invocation_metadata() or ()).get(FORWARDED)
@@ -93,7 +103,7 @@ class LeaderLink:
         remaining = context.time_remaining()
         timeout_s = FORWARD_DEADLINE_S if remaining is None else remaining
         try:
-            return await call(MigrationsServiceStub(channel), timeout_s, ((FORWARDED, self._name),))
+            return await call(channel, timeout_s, ((FORWARDED, self._name),))
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, f"leader {leader.name} ({leader.address})") from error
 
@@ -112,6 +122,15 @@ class MigrationsService(migrations_pb2_grpc.MigrationsServiceServicer):
         return await self._link.forward(
             context,
             lambda leader, timeout, via: leader.CreateMigration(request, timeout=timeout, metadata=via),
+        )
+
+    async def CreateUpgrade(self, request: CreateUpgradeRequest, context: Context) -> CreateUpgradeResponse:  # noqa: N802
+        """Leader only."""
+        if (conductor := self._link.leading()) is not None:
+            return CreateUpgradeResponse(migration=await conductor.create(request))
+        return await self._link.forward(
+            context,
+            lambda leader, timeout, via: leader.CreateUpgrade(request, timeout=timeout, metadata=via),
         )
 
     async def CancelMigration(self, request: CancelMigrationRequest, context: Context) -> CancelMigrationResponse:  # noqa: N802

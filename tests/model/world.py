@@ -249,7 +249,7 @@ class FakeAgent:
             yield handoff
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False
+        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
     ) -> pb.SourceGuest:
         if validate_only:
             await self._network.ask(self.name)
@@ -257,7 +257,15 @@ class FakeAgent:
         return await self._network.order(self.name, lambda: self._host.prepare_source(fence, migration_id))
 
     async def prepare_destination(
-        self, fence: Fence, migration_id: str, guest: pb.SourceGuest, slot: str, *, validate_only: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        guest: pb.SourceGuest,
+        slot: str,
+        *,
+        validate_only: bool = False,
+        method: pb.TransferMethod.ValueType = pb.TRANSFER_METHOD_TCP,
+        emulator: str = "",
     ) -> pb.Handoff:
         if validate_only:
             await self._network.ask(self.name)

@@ -20,7 +20,8 @@ from handoff_common.errors import DeadlineError
 REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
-def _checked_id(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+def checked_id(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Callback of --request-id: what no id can be is a usage error."""
     if value is not None and not REQUEST_ID.fullmatch(value):
         raise click.BadParameter("letters, digits and dashes, at most 64", ctx, param)
     return value
@@ -51,7 +52,7 @@ def _checked_id(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option(
     "--request-id",
     metavar="ID",
-    callback=_checked_id,
+    callback=checked_id,
     help="The migration's id, of your choice: repeating the command with it starts nothing anew.",
 )
 @common_options
@@ -75,7 +76,7 @@ def command(
     request = CreateMigrationRequest(
         guest=guest,
         destination_host=host,
-        options=_options(bandwidth, downtime_limit, switch_deadline, timeout),
+        options=migration_options(bandwidth, downtime_limit, switch_deadline, timeout),
         request_id=request_id or new_request_id(now()),
     )
     accepted = False
@@ -103,9 +104,10 @@ def command(
     run(common, work, interrupted)
 
 
-def _options(
+def migration_options(
     bandwidth: int | None, downtime_limit_ms: int | None, switch_deadline_s: float | None, timeout_s: float | None
 ) -> MigrationOptions:
+    """The API's options; None stands for the default."""
     options = MigrationOptions(bandwidth_bytes_per_s=bandwidth or 0, downtime_limit_ms=downtime_limit_ms or 0)
     if switch_deadline_s is not None:
         options.switch_deadline.FromTimedelta(timedelta(seconds=switch_deadline_s))

@@ -6,7 +6,7 @@ from datetime import datetime
 from rich.console import RenderableType
 from rich.text import Text
 
-from handoff.controller.v1.migrations_pb2 import Migration, Outcome
+from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind, Outcome
 from handoff_cli.render.parts import migration_state_text, moment, route, table
 from handoff_cli.states import ABORTED, DONE
 from handoff_cli.units import format_age, format_bytes, format_duration, format_ms
@@ -65,7 +65,10 @@ def cancel_sentence(migration: Migration) -> Text:
 def done_sentence(migration: Migration) -> Text:
     """How a migration that is DONE went."""
     outcome = migration.outcome
-    text = Text.assemble((f"{migration.guest_name} runs on {migration.destination.host}", "green"))
+    where = migration.destination.host
+    if migration.kind == MigrationKind.MIGRATION_KIND_UPGRADE:
+        where += f" under QEMU build {migration.release}"
+    text = Text.assemble((f"{migration.guest_name} runs on {where}", "green"))
     text.append(f": took {format_ms(outcome.total_ms)}, guest paused for {pause_sentence(outcome)}")
     if outcome.ram_bytes:
         text.append(f", {format_bytes(outcome.ram_bytes)} of memory sent")

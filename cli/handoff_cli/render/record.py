@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from handoff.controller.v1.migrations_pb2 import Migration, MigrationOptions
+from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind, MigrationOptions
 from handoff_cli.render.migrations import lasted_s
 from handoff_cli.render.parts import migration_state_text, moment, place, state_text, table
 from handoff_cli.render.progress import progress_facts
@@ -53,6 +53,7 @@ def _facts(migration: Migration, now: datetime) -> Table:
         ("State", migration_state_text(migration)),
         ("Guest", f"{migration.guest_name} ({migration.guest_uuid})"),
         ("From → to", f"{place(migration.source)} → {place(migration.destination)}"),
+        *_plan(migration),
         ("Created", age.replace("now ago", "now")),
         ("Options", _options(migration.options)),
     ]
@@ -61,6 +62,12 @@ def _facts(migration: Migration, now: datetime) -> Table:
     if migration.waiting_for:
         rows.append(("Waits for", migration.waiting_for))
     return _pairs(tuple(rows))
+
+
+def _plan(migration: Migration) -> Iterator[tuple[str, str | Text]]:
+    if migration.kind == MigrationKind.MIGRATION_KIND_UPGRADE:
+        yield "New QEMU", migration.release
+        yield "Way", migration.plan
 
 
 def _options(options: MigrationOptions) -> str:

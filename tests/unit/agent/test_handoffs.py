@@ -22,6 +22,7 @@ from handoff_agent.handoff_changes import HandoffChanges
 from handoff_agent.handoffs import Handoffs
 from handoff_agent.inventory import Inventory
 from handoff_agent.ledger import Ledger, TermGuard
+from handoff_agent.local_sockets import LocalSockets
 from handoff_agent.monitor import Monitor
 from handoff_agent.rules import (
     ABORTED,
@@ -86,6 +87,7 @@ class Host:
             Departures(self.hypervisor, inventory, survey, ()),
             Arrivals(survey, self.emulators, "127.0.0.1"),
             self.listener,
+            LocalSockets(self.state_dir / "run", "root"),
             Ledger(self.state_dir),
             TermGuard(self.state_dir),
             HandoffChanges(),
@@ -124,9 +126,9 @@ class Move:
         source = await self.prepare_source()
         if goal == PREPARED:
             return
-        listening = await self.target.handoffs.prepare_destination(self.id, source, "a", validate_only=False)
+        prepared = await self.target.handoffs.prepare_destination(self.id, source, "a", validate_only=False)
         side = self.source.handoffs.source(self.id, Call.START_TRANSFER)
-        await side.start_transfer(listening.listen_uri, LIMITS, 0, deadline_s)
+        await side.start_transfer(prepared.handoff.listen_uri, LIMITS, 0, deadline_s)
         if goal == TRANSFERRING:
             return
         assert (await self.until(READY)).state == READY

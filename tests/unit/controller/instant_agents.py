@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
 from handoff.agent.v1.host_pb2 import Host, Slot, WatchEventsResponse
-from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState, SourceGuest, TransferLimits
+from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState, SourceGuest, TransferLimits, TransferMethod
 from handoff.agent.v1.types_pb2 import Domain, Fence
 from handoff_common.errors import NotFoundError
 
@@ -36,7 +36,7 @@ class InstantAgent:
         yield WatchEventsResponse()
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False
+        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
     ) -> SourceGuest:
         if domain_uuid not in self._domains:
             raise NotFoundError(f"no {domain_uuid} on {self.name}")
@@ -46,7 +46,15 @@ class InstantAgent:
         return SourceGuest(domain=self._domains[domain_uuid])
 
     async def prepare_destination(
-        self, fence: Fence, migration_id: str, guest: SourceGuest, slot: str, *, validate_only: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        guest: SourceGuest,
+        slot: str,
+        *,
+        validate_only: bool = False,
+        method: TransferMethod.ValueType = TransferMethod.TRANSFER_METHOD_TCP,
+        emulator: str = "",
     ) -> Handoff:
         if validate_only:
             return Handoff()

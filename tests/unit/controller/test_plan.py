@@ -8,7 +8,7 @@ from instant_agents import InstantAgent, InstantAgents
 from records import UUID, domain, guest, place
 
 from handoff.agent.v1.host_pb2 import Host
-from handoff.agent.v1.qemu_pb2 import Handoff, SourceGuest
+from handoff.agent.v1.qemu_pb2 import Handoff, SourceGuest, TransferMethod
 from handoff.agent.v1.types_pb2 import Fence
 from handoff.controller.v1.guests_pb2 import Guest
 from handoff.controller.v1.migrations_pb2 import CreateMigrationRequest
@@ -39,14 +39,22 @@ class Unwilling(InstantAgent):
         return await super().get_host()
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False
+        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
     ) -> SourceGuest:
         if self._keeps:
             raise PreconditionError("disk vda is local")
         return await super().prepare_source(fence, migration_id, domain_uuid, validate_only=validate_only)
 
     async def prepare_destination(
-        self, fence: Fence, migration_id: str, guest: SourceGuest, slot: str, *, validate_only: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        guest: SourceGuest,
+        slot: str,
+        *,
+        validate_only: bool = False,
+        method: TransferMethod.ValueType = TransferMethod.TRANSFER_METHOD_TCP,
+        emulator: str = "",
     ) -> Handoff:
         if self._full:
             raise ExhaustedError(f"{self.name} has 1 GiB free, web needs 2 GiB")

@@ -89,3 +89,19 @@ def test_the_given_records_are_not_changed() -> None:
     reconcile("h2", [domain()], [given], BOTH)
 
     assert given == guest()
+
+
+@pytest.mark.parametrize("slots", ["ab", "ba"])
+def test_of_a_guest_in_both_slots_the_running_copy_counts(slots: str) -> None:
+    state = {"a": DomainState.DOMAIN_STATE_PAUSED, "b": DomainState.DOMAIN_STATE_RUNNING}
+    both = [domain(slot=slot, state=state[slot], migration_id="m1") for slot in slots]
+
+    (written,) = reconcile("h1", both, [guest()], {"h1": {UUID}}).written
+    assert written.owner == place("h1", "b")
+
+
+@pytest.mark.parametrize("slots", ["ab", "ba"])
+def test_of_a_guest_that_runs_in_neither_slot_the_recorded_one_counts(slots: str) -> None:
+    both = [domain(slot=slot, state=DomainState.DOMAIN_STATE_SHUT_OFF) for slot in slots]
+
+    assert reconcile("h1", both, [guest()], {"h1": {UUID}}).written == ()

@@ -1,0 +1,128 @@
+"""A running guest gets another QEMU on its own host, back and forth; one that fails leaves it where it was."""
+
+import asyncio
+import os
+import signal
+import subprocess
+
+import grpc
+import grpc.aio
+import pytest
+from moves import CALL_S, OBSERVER, Moves, Subject, story, unsettled
+
+from handoff.agent.v1.qemu_pb2 import TransferMethod
+from handoff.controller.v1.migrations_pb2 import CreateUpgradeRequest, Migration, MigrationOptions
+from handoff_controller.machine import State, state_of
+from handoff_lab.guest import Guests
+from handoff_lab.host import Host, program
+from handoff_lab.probe import TcpSession, UdpProbe
+
+pytestmark = pytest.mark.lab
+
+CPR, COPY = TransferMethod.TRANSFER_METHOD_CPR, TransferMethod.TRANSFER_METHOD_UNIX
+
+
+async def upgrade(subject: Subject, release: str, options: MigrationOptions | None = None) -> Migration:
+    """Asks for an upgrade; raises AioRpcError when it is refused."""
+    request = CreateUpgradeRequest(guest=subject.name, release=release, options=options or MigrationOptions())
+    return (await subject.moves.api().CreateUpgrade(request, timeout=CALL_S)).migration
+
+
+async def must_be_in(subject: Subject, slot: str, release: str) -> None:
+    """It runs in that slot under that build; the other slot knows nothing of it, and nothing is left."""
+    home = await subject.host()
+    await subject.must_be_at(home)
+    seen = await asyncio.to_thread(Guests(subject.fleet).find, subject.name)
+    assert [(one.host, one.slot, one.state) for one in seen] == [(home, slot, "running")]
+    record = await subject.moves.guest(subject.name)
+    assert record.owner.slot == slot
+    assert record.domain.emulator_name == release
+    assert not await unsettled(subject.fleet, home)
+    run = Host(subject.fleet.lab, int(home.removeprefix("h"))).directory / "run/handoff/handoffs"
+    assert not run.exists() or not list(run.iterdir())
+
+
+async def test_there_and_back_without_a_copy(subject: Subject) -> None:
+    """To a rebuild of the same release and back by cpr: memory, disk and TCP survive."""
+    await subject.inside.dirty(16, 8)
+    await subject.inside.journal_start(1, 16)
+    node = subject.fleet.node(OBSERVER)
+    async with TcpSession(node, subject.record.ip) as session:
+        for slot, release in (("b", "10.0-rebuilt"), ("a", "10.0")):
+            async with UdpProbe(subject.fleet.lab, node, subject.record.ip) as probe:
+                migration = await subject.moves.ends((await upgrade(subject, release)).id)
+                udp = await probe.stop()
+            assert state_of(migration) is State.DONE, story(migration)
+            assert list(migration.warnings) == []
+            await must_be_in(subject, slot, release)
+            outcome = migration.outcome
+            print(f"{release}: {outcome.total_ms} ms, pause {outcome.downtime_ms:.0f} ms, {udp.longest_gap}")
+            assert migration.method == CPR
+            assert 0 < outcome.ram_bytes < 1 << 20
+            assert udp.duplicated == 0, udp
+    assert session.result().survived, session.result()
+
+
+async def test_the_command_and_its_refusals(subject: Subject) -> None:
+    environment = subject.fleet.environment()
+
+    def handoff(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(program("handoff")), *arguments]
+        return subprocess.run(command, env=environment, text=True, capture_output=True, check=False, timeout=120)
+
+    done = await asyncio.to_thread(handoff, "upgrade", subject.name, "--to", "10.0-rebuilt", "--wait")
+    assert done.returncode == 0, done
+    assert "under QEMU build 10.0-rebuilt" in done.stdout
+    await must_be_in(subject, "b", "10.0-rebuilt")
+    for release, why in (("10.0-rebuilt", "already"), ("9.9", "has no QEMU build 9.9"), ("7.2", "no machine type")):
+        refused = await asyncio.to_thread(handoff, "upgrade", subject.name, "--to", release)
+        assert refused.returncode != 0
+        assert why in refused.stderr, refused.stderr
+    moved = await asyncio.to_thread(handoff, "migrate", subject.name, "--to", "h2", "--wait")
+    assert moved.returncode == 0, moved
+    await must_be_in(subject, "a", "10.0-rebuilt")
+
+
+async def test_a_slot_without_libvirtd_is_said(subject: Subject) -> None:
+    daemon = subject.fleet.host("h1").daemons()["libvirtd-b"]
+    daemon.stop()
+    try:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            async with asyncio.timeout(10):
+                await upgrade(subject, "10.0-rebuilt")
+        assert refused.value.code() in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAVAILABLE)
+        assert "slot b" in (refused.value.details() or "")
+    finally:
+        daemon.start()
+
+
+@pytest.mark.parametrize("state", [State.COPYING, State.SWITCHING], ids=lambda state: state.name)
+async def test_a_new_qemu_that_is_killed(subject: Subject, moves: Moves, state: State) -> None:
+    """However far it is, the guest runs on under one QEMU and the record says under which."""
+    migration = await upgrade(subject, "10.0-rebuilt")
+    await moves.reaches(migration.id, state)
+    pid_file = subject.fleet.host("h1").directory / f"run/handoff/slots/b/qemu/{subject.name}.pid"
+    if pid_file.exists():
+        pid = subject.fleet.host("h1").node.find(int(pid_file.read_text()))
+        if pid is not None and state is State.COPYING:
+            os.kill(pid, signal.SIGKILL)
+    migration = await moves.ends(migration.id)
+    if state_of(migration) is State.DONE:
+        await must_be_in(subject, "b", "10.0-rebuilt")
+    else:
+        await must_be_in(subject, "a", "10.0")
+
+
+@pytest.mark.parametrize("state", [State.PREPARING, State.COPYING, State.SWITCHING], ids=lambda state: state.name)
+async def test_cancel(subject: Subject, moves: Moves, state: State) -> None:
+    migration = await upgrade(subject, "10.0-rebuilt")
+    await moves.reaches(migration.id, state)
+    try:
+        await moves.cancel(migration.id)
+    except grpc.aio.AioRpcError as error:
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    migration = await moves.ends(migration.id)
+    if state_of(migration) is State.DONE:
+        await must_be_in(subject, "b", "10.0-rebuilt")
+    else:
+        await must_be_in(subject, "a", "10.0")

@@ -22,6 +22,7 @@ from handoff_controller.etcd.election import Leadership
 from handoff_controller.fleet import Fleet
 from handoff_controller.machine import FINAL, state_of
 from handoff_controller.planner import Planner
+from handoff_controller.rollouts import Rollouts
 from handoff_controller.settings import ControllerSettings
 from handoff_controller.settle import Settler
 from handoff_controller.store import Store
@@ -49,6 +50,7 @@ class Conductor:
         self._planner = Planner(self._store, agents, self._fence)
         self._upgrades = UpgradePlanner(self._store, agents, self._fence)
         self._fleet = Fleet(agents, self._store, Settler(self._store, self._fence, self._is_driven))
+        self.rollouts = Rollouts(self._store, agents, self.create)
         self._drivers: dict[str, Driver] = {}
         self._admitted: dict[str, asyncio.Event] = {}
         self._adopted = asyncio.Event()
@@ -61,6 +63,7 @@ class Conductor:
             async with self._group:
                 await self._adopt_all()
                 self._group.create_task(self._keep_adopting(), name="adoption")
+                self._group.create_task(self.rollouts.run(), name="rollouts")
                 await self._fleet.run()
         except BaseExceptionGroup as group:
             stale, others = group.split(StaleTermError)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import structlog
 
-from handoff.controller.v1 import guests_pb2_grpc, hosts_pb2_grpc, migrations_pb2_grpc
+from handoff.controller.v1 import guests_pb2_grpc, hosts_pb2_grpc, migrations_pb2_grpc, rollouts_pb2_grpc
 from handoff_common.config import load_settings
 from handoff_common.errors import HandoffError
 from handoff_common.logs import configure_logs
@@ -16,6 +16,7 @@ from handoff_controller.agents import Agents
 from handoff_controller.conductor import Conductor
 from handoff_controller.etcd.client import EtcdClient
 from handoff_controller.etcd.election import Election, Leadership
+from handoff_controller.rollout_service import RolloutsService
 from handoff_controller.services import GuestsService, HostsService, LeaderLink, MigrationsService
 from handoff_controller.settings import ControllerSettings
 from handoff_controller.store import Reader
@@ -24,6 +25,7 @@ log = structlog.get_logger()
 
 SERVICES = (
     "handoff.controller.v1.MigrationsService",
+    "handoff.controller.v1.RolloutsService",
     "handoff.controller.v1.GuestsService",
     "handoff.controller.v1.HostsService",
 )
@@ -37,6 +39,7 @@ async def serve(settings: ControllerSettings) -> None:
         link = LeaderLink(client, settings.name)
         server = Server(SERVICES)
         migrations_pb2_grpc.add_MigrationsServiceServicer_to_server(MigrationsService(reader, link), server.grpc_server)
+        rollouts_pb2_grpc.add_RolloutsServiceServicer_to_server(RolloutsService(reader, link), server.grpc_server)
         guests_pb2_grpc.add_GuestsServiceServicer_to_server(GuestsService(reader), server.grpc_server)
         hosts_pb2_grpc.add_HostsServiceServicer_to_server(
             HostsService(reader, dict(settings.hosts)), server.grpc_server

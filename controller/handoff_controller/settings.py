@@ -23,6 +23,7 @@ class AdmissionSettings(Settings):
     """How much may go on at once."""
 
     max_parallel_per_pair: int = Field(default=1, ge=1, description="migrations between the same two hosts")
+    max_upgrades_per_host: int = Field(default=2, ge=1, description="upgrades of guests on one host")
 
 
 class ControllerSettings(Settings):

@@ -4,6 +4,7 @@
     migrations/<id>   Migration
     progress/<id>     TransferProgress of a copy under way; goes with the leader's lease
     hosts/<name>      Host
+    rollouts/<id>     Rollout
     leader/           the election
 
 Reading needs no leadership. Each write is one transaction that compares the leader's key and the versions of what it
@@ -23,6 +24,7 @@ from handoff.agent.v1.qemu_pb2 import TransferProgress
 from handoff.controller.v1.guests_pb2 import Guest
 from handoff.controller.v1.hosts_pb2 import Host
 from handoff.controller.v1.migrations_pb2 import Migration, Placement
+from handoff.controller.v1.rollouts_pb2 import Rollout, RolloutState
 from handoff_common.errors import (
     ConflictError,
     DeadlineError,
@@ -44,18 +46,19 @@ GUESTS = f"{ROOT}/vms/"
 MIGRATIONS = f"{ROOT}/migrations/"
 PROGRESS = f"{ROOT}/progress/"
 HOSTS = f"{ROOT}/hosts/"
+ROLLOUTS = f"{ROOT}/rollouts/"
 
 PROGRESS_DEADLINE_S = 1.0
 WRITE_DEADLINE_S = 5.0
 
-Record = TypeVar("Record", Guest, Migration, Host, TransferProgress)
+Record = TypeVar("Record", Guest, Migration, Host, Rollout, TransferProgress)
 
 
 def encode(message: Message) -> bytes:
     """A record as etcd keeps it: JSON that reads well, without what is not part of the record."""
     kept = type(message)()
     kept.CopyFrom(message)
-    if isinstance(kept, Migration | Guest):
+    if isinstance(kept, Migration | Guest | Rollout):
         kept.revision = 0
     if isinstance(kept, Migration):
         kept.ClearField("progress")
@@ -67,7 +70,7 @@ def encode(message: Message) -> bytes:
 def decode(value: KeyValue, kind: type[Record]) -> Record:
     """Reads a record; fields that a newer release wrote are left out."""
     record = Parse(value.value, kind(), ignore_unknown_fields=True)
-    if isinstance(record, Migration | Guest):
+    if isinstance(record, Migration | Guest | Rollout):
         record.revision = value.mod_revision
     return record
 
@@ -145,6 +148,38 @@ class Reader:
         """All migrations, oldest first."""
         _, values = await self._client.list(MIGRATIONS)
         return tuple(decode(value, Migration) for value in values)
+
+    async def rollouts(self) -> tuple[Rollout, ...]:
+        """All rollouts, oldest first."""
+        _, values = await self._client.list(ROLLOUTS)
+        return tuple(decode(value, Rollout) for value in values)
+
+    async def rollout(self, beginning: str) -> Rollout:
+        """The rollout with this id, or the only one whose id begins so. Raises NotFoundError or PreconditionError."""
+        found = [one for one in await self.rollouts() if beginning and one.id.startswith(beginning)]
+        if not found:
+            raise NotFoundError(f"no rollout {beginning!r}; `handoff rollouts` lists them")
+        exact = [one for one in found if one.id == beginning]
+        if not exact and len(found) > 1:
+            raise PreconditionError(f"{len(found)} rollouts begin with {beginning!r}: give more of the id")
+        return (exact or found)[0]
+
+    async def find_rollout(self, rollout_id: str) -> Rollout | None:
+        """The record with exactly this id."""
+        value = await self._client.get(ROLLOUTS + rollout_id)
+        return None if value is None else decode(value, Rollout)
+
+    async def watch_rollout(self, beginning: str) -> AsyncGenerator[Rollout, None]:
+        """The rollout as it is now, then at each change, until it is final."""
+        key = ROLLOUTS + (await self.rollout(beginning)).id
+        async with aclosing(follow(self._client, key)) as views:
+            async for view in views:
+                if key not in view:
+                    continue
+                rollout = decode(view[key], Rollout)
+                yield rollout
+                if rollout.state not in (RolloutState.ROLLOUT_STATE_RUNNING, RolloutState.ROLLOUT_STATE_STOPPING):
+                    return
 
     async def watch_migration(self, migration_id: str) -> AsyncGenerator[Migration, None]:
         """The migration as it is now, then at each change of its record or progress, until it is final."""
@@ -276,6 +311,15 @@ class Store(Reader):
         key = GUESTS + guest.uuid
         unchanged = modified_at(key, guest.revision) if guest.revision else missing(key)
         await self._write([unchanged], [put(key, encode(guest))])
+
+    async def put_rollout(self, rollout: Rollout) -> Rollout:
+        """Writes a rollout; `revision` 0 for a new one. Raises ConflictError when its record changed."""
+        key = ROLLOUTS + rollout.id
+        unchanged = modified_at(key, rollout.revision) if rollout.revision else missing(key)
+        saved = Rollout()
+        saved.CopyFrom(rollout)
+        saved.revision = await self._write([unchanged], [put(key, encode(rollout))])
+        return saved
 
     async def delete_guest(self, guest: Guest) -> None:
         """Forgets a guest that is gone. Raises ConflictError when its record changed."""

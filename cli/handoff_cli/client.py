@@ -30,6 +30,7 @@ from handoff.controller.v1.migrations_pb2 import (
 )
 from handoff.controller.v1.migrations_pb2_grpc import MigrationsServiceStub
 from handoff_cli.failover import Failover
+from handoff_cli.rollout_client import RolloutClient
 from handoff_cli.states import is_final
 from handoff_common.errors import HandoffError, InvalidArgumentError, PreconditionError
 
@@ -49,6 +50,7 @@ class Controllers:
         self, addresses: Sequence[str], deadline_s: float, on_trouble: Callable[[str], None] = lambda _: None
     ) -> None:
         self._failover = Failover(addresses, deadline_s, on_trouble)
+        self.rollouts = RolloutClient(self._failover)
 
     async def __aenter__(self) -> Self:
         return self

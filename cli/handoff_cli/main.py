@@ -16,11 +16,13 @@ DEFAULT = click.core.ParameterSource.DEFAULT
 
 COMMANDS = {
     "migrate": "Move a running guest to another host.",
-    "upgrade": "Give a running guest another QEMU, on the host where it is.",
+    "upgrade": "Give a running guest, or all of a host, another QEMU.",
     "cancel": "Undo a migration; the guest stays where it is.",
     "list": "List migrations, newest first.",
     "show": "Show a migration: timeline, pause, figures.",
     "watch": "Follow a migration until it is final.",
+    "rollouts": "List upgrades of whole hosts, newest first.",
+    "rollout": "Show, follow or cancel the upgrade of a whole host.",
     "hosts": "List the hosts.",
     "guests": "List the guests.",
 }

@@ -5,10 +5,18 @@ from google.protobuf.descriptor import EnumDescriptor
 from handoff.agent.v1.types_pb2 import DomainState
 from handoff.controller.v1.hosts_pb2 import HostState
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationState
+from handoff.controller.v1.rollouts_pb2 import Rollout, RolloutGuestState, RolloutState
 
 DONE = MigrationState.MIGRATION_STATE_DONE
 ABORTED = MigrationState.MIGRATION_STATE_ABORTED
 FINAL = frozenset({DONE, ABORTED})
+ENDED = frozenset(
+    {
+        RolloutState.ROLLOUT_STATE_DONE,
+        RolloutState.ROLLOUT_STATE_FAILED,
+        RolloutState.ROLLOUT_STATE_CANCELLED,
+    }
+)
 
 
 def is_final(migration: Migration) -> bool:
@@ -19,6 +27,21 @@ def is_final(migration: Migration) -> bool:
 def migration_state(state: int) -> str:
     """ "COPYING"; the bare number of a state that only a newer controller knows."""
     return _short(MigrationState.DESCRIPTOR, state)
+
+
+def is_ended(rollout: Rollout) -> bool:
+    """Whether nothing changes any more."""
+    return rollout.state in ENDED
+
+
+def rollout_state(state: int) -> str:
+    """ "RUNNING"; the bare number of a state that only a newer controller knows."""
+    return _short(RolloutState.DESCRIPTOR, state)
+
+
+def rollout_guest_state(state: int) -> str:
+    """ "upgraded"."""
+    return _short(RolloutGuestState.DESCRIPTOR, state).lower()
 
 
 def host_state(state: int) -> str:

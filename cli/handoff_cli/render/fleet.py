@@ -6,6 +6,7 @@ from datetime import datetime
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from handoff.agent.v1.host_pb2 import Emulator
 from handoff.controller.v1.guests_pb2 import Guest
 from handoff.controller.v1.hosts_pb2 import Host, HostState
 from handoff_cli.render.parts import moment, place, state_text, table
@@ -33,7 +34,7 @@ def hosts_table(hosts: Iterable[Host], width: int, now: datetime) -> RenderableT
             str(host.guests),
             _memory(detail.memory_free_bytes, detail.memory_bytes, bar=wide),
             str(detail.cpus) if detail.cpus else "–",
-            _distinct(emulator.release for emulator in detail.emulators),
+            ", ".join(map(_build, detail.emulators)) or "–",
             _distinct(slot.libvirt_version for slot in detail.slots),
         ]
         made.add_row(*cells, *([host.agent_address] if wide else []))
@@ -66,6 +67,13 @@ def _memory(free: int, total: int, *, bar: bool) -> Text:
     return text
 
 
+def _build(emulator: Emulator) -> str:
+    """ "10.0-rebuilt (10.0.2)"; only the release where that is also its name, or it has none."""
+    if emulator.name in ("", emulator.release):
+        return emulator.release
+    return f"{emulator.name} ({emulator.release})"
+
+
 def _distinct(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(name for name in names if name)) or "–"
 
@@ -88,7 +96,7 @@ def guests_table(guests: Sequence[Guest]) -> RenderableType:
             state_text(domain_state(domain.state)),
             format_bytes(domain.memory_bytes) if known else "–",
             str(domain.vcpus) if known else "–",
-            domain.qemu_release or "–",
+            _build(Emulator(name=domain.emulator_name, release=domain.qemu_release)) or "–",
             guest.active_migration or "–",
         )
     conflicts = [_conflict_note(guest) for guest in guests if guest.conflicts]

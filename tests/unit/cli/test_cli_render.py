@@ -23,6 +23,7 @@ from rich.console import Console, RenderableType
 
 from handoff.controller.v1.hosts_pb2 import Host, HostState
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationState, Placement
+from handoff.controller.v1.rollouts_pb2 import Rollout, RolloutGuestState, RolloutState
 from handoff_cli.follow import LinesView
 from handoff_cli.render.fleet import guests_table, hosts_table
 from handoff_cli.render.migrations import (
@@ -34,7 +35,12 @@ from handoff_cli.render.migrations import (
 )
 from handoff_cli.render.progress import live_view
 from handoff_cli.render.record import record
+from handoff_cli.render.rollouts import end_sentence, live_rollout, rollout_record, rollouts_table
 
+RUNNING = RolloutState.ROLLOUT_STATE_RUNNING
+PENDING = RolloutGuestState.ROLLOUT_GUEST_STATE_PENDING
+UPGRADING = RolloutGuestState.ROLLOUT_GUEST_STATE_UPGRADING
+UPGRADED = RolloutGuestState.ROLLOUT_GUEST_STATE_UPGRADED
 NOW = START + timedelta(seconds=90)
 
 
@@ -156,8 +162,11 @@ def test_hosts_at_80_columns() -> None:
         Host(name="h3", agent_address="h3:7701", message="not looked at yet"),
     ]
     lines = text(hosts_table(hosts, 80, NOW)).splitlines()
-    assert lines[1].split() == ["h1", "UP", "3", "23.0", "of", "64.0", "GiB", "32", "7.2.22,", "10.0.2", "9.0.0"]
-    assert lines[3].split() == ["h3", "UNKNOWN", "0", "–", "–", "–", "–"]
+    assert lines[1].split()[:8] == ["h1", "UP", "3", "23.0", "of", "64.0", "GiB", "32"]
+    assert lines[1].split()[-1] == "9.0.0"
+    (unknown,) = [line for line in lines if line.startswith("h3 ") and "is" not in line]
+    assert unknown.split() == ["h3", "UNKNOWN", "0", "–", "–", "–", "–"]
+    assert "debian (7.2.22), current (10.0.2)" in text(hosts_table(hosts, 140, NOW), 140)
     assert "h2 is DOWN: agent does not answer: connection refused (last heard of 1 min ago)" in " ".join(lines)
     assert "h3 is UNKNOWN: not looked at yet" in lines
 
@@ -269,3 +278,29 @@ def test_samples_are_sound() -> None:
     assert a_migration(UNDONE).state == ABORTED
     assert SWITCHING in WHOLE_WAY
     assert copying(0.5).progress.ram_total_bytes == GIB
+
+
+def a_rollout(**fields: object) -> Rollout:
+    rollout = Rollout(id="20260314-093106-77aa", host="h1", release="10.0-rebuilt", parallel=2, state=RUNNING)
+    rollout.create_time.CopyFrom(a_migration().create_time)
+    for name, state in (("db-1", UPGRADED), ("web-1", UPGRADING), ("[x]", PENDING)):
+        rollout.guests.add(uuid=name, name=name, state=state, migration_id="m" if state != PENDING else "")
+    rollout.MergeFrom(Rollout(**fields))
+    return rollout
+
+
+def test_a_rollout() -> None:
+    assert "1 upgraded, 1 upgrading, 1 pending" in text(rollouts_table([a_rollout()], NOW), 140)
+    shown = text(rollout_record(a_rollout(), NOW))
+    assert "2 guests at a time, stops at the first failure." in shown
+    assert "[x]" in shown
+    assert "web-1  upgrading" in text(live_rollout(a_rollout(), NOW))
+
+
+def test_how_a_rollout_ended() -> None:
+    failed = a_rollout(state=RolloutState.ROLLOUT_STATE_FAILED, reason="db-2 failed: QEMU crashed")
+    assert end_sentence(failed).startswith(
+        "rollout 20260314-093106-77aa of h1 failed: db-2 failed: QEMU crashed. 1 upgraded, 1 upgrading, 1 pending."
+    )
+    done = a_rollout(state=RolloutState.ROLLOUT_STATE_DONE)
+    assert end_sentence(done).startswith("h1 is through with QEMU build 10.0-rebuilt: 1 upgraded")

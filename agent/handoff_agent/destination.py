@@ -25,7 +25,7 @@ from handoff_agent.local_sockets import CPR, UNIX, LocalSockets, cpr_socket, mai
 from handoff_agent.monitor import Monitor, QmpError
 from handoff_agent.rules import ABORTED, ACTIVE, FAILED, FINALIZED, PREPARED, Call
 from handoff_agent.slots import CALL_TIMEOUT_S, LibvirtFailure, Slot
-from handoff_common.errors import DeadlineError, ExhaustedError, HandoffError, PreconditionError
+from handoff_common.errors import DeadlineError, ExhaustedError, HandoffError, NotFoundError, PreconditionError
 
 # Starting a QEMU takes 0.4 to 0.9 s; on a machine that pages, much longer.
 CREATE_TIMEOUT_S: Final = 30.0
@@ -124,11 +124,20 @@ class DestinationHandoff(Handoff):
             if not self.record.was_running:
                 await self.change(state=ACTIVE)
                 return
+            is_first_try = not self.record.activating
             # From here on only QEMU's own word, or the domain's end, can tell that it never ran.
             await self.change(activating=True)
             with self._slot.events(self.record.domain_uuid) as events:
                 try:
                     ran = await self._run(events, arrived + ACTIVATE_TIMEOUT_S)
+                except NotFoundError as error:
+                    # Raised only when no attempt got as far as the domain.
+                    await self.change(
+                        state=FAILED,
+                        message=f"the guest could not be run: its QEMU had ended before ({error.message})",
+                        never_ran=is_first_try,
+                    )
+                    return
                 except HandoffError as error:
                     await self._give_up(events, error.message)
                     return
@@ -226,7 +235,11 @@ class DestinationHandoff(Handoff):
         return ports[0]
 
     async def _run(self, events: Subscription, deadline: float) -> MonitorEvent:
-        """Resumes the guest until QEMU reports that it runs. Raises what the last attempt raised, or DeadlineError."""
+        """Resumes the guest until QEMU reports that it runs.
+
+        Raises what the last attempt raised, or DeadlineError; NotFoundError only if all attempts found no domain.
+        """
+        reached = False
         while True:
             failure: HandoffError = DeadlineError(
                 f"guest {self.record.domain_name}: QEMU did not run it within {ACTIVATE_TIMEOUT_S:g} s"
@@ -238,8 +251,12 @@ class DestinationHandoff(Handoff):
                     max(ACTIVATE_RETRY_S, deadline - time.monotonic()),
                     urgent=True,
                 )
+            except NotFoundError as error:
+                failure = PreconditionError(error.message) if reached else error
             except HandoffError as error:
-                failure = error
+                reached, failure = True, error
+            else:
+                reached = True
             wait_s = deadline - time.monotonic() if isinstance(failure, DeadlineError) else ACTIVATE_RETRY_S
             if (event := await _resumed(events, wait_s)) is not None:
                 return event

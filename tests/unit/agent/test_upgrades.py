@@ -248,6 +248,19 @@ async def test_a_new_qemu_that_dies_leaves_the_guest_running(
 
 
 @METHODS
+async def test_a_new_qemu_that_dies_before_it_runs_gives_the_guest_back(
+    upgrade: Upgrade, method: pb.TransferMethod.ValueType
+) -> None:
+    await upgrade.advance(method, HELD)
+    await upgrade.slots["b"].on_domain(upgrade.guest, lambda domain: domain.destroy())
+    destination = upgrade.handoffs.destination(upgrade.id, Call.ACTIVATE)
+    await destination.activate()
+    assert destination.to_message().never_ran
+    await upgrade.abort()
+    await upgrade.is_only_in("a")
+
+
+@METHODS
 @pytest.mark.parametrize("stage", [TRANSFERRING, READY, HELD], ids=pb.HandoffState.Name)
 async def test_a_restarted_agent_takes_it_up(
     upgrade: Upgrade, method: pb.TransferMethod.ValueType, stage: State

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -28,7 +29,7 @@ from handoff_common.channel import open_channel
 from handoff_controller.machine import FINAL, State, state_of
 from handoff_controller.settle import SETTLED
 from handoff_lab.fleet import Fleet
-from handoff_lab.guest import Guests
+from handoff_lab.guest import DEFAULT_DISK, Guests
 from handoff_lab.host import Host
 from handoff_lab.probe import GuestControl, GuestStatus
 from handoff_lab.state import GuestRecord
@@ -164,9 +165,20 @@ class Subject:
         self._before = before
 
     @classmethod
-    async def create(cls, moves: Moves, name: str, host: str, memory_mib: int = 128) -> "Subject":
-        """Boots the guest and waits until the controller knows it."""
-        record = await asyncio.to_thread(Guests(moves.fleet).create, name, host, memory_mib)
+    async def create(
+        cls,
+        moves: Moves,
+        name: str,
+        host: str,
+        memory_mib: int = 128,
+        *,
+        disks: tuple[str, ...] = (DEFAULT_DISK,),
+        release: str = "",
+        machine: str = "",
+    ) -> "Subject":
+        """Boots the guest and waits until the controller knows it; the options are those of Guests.create."""
+        boot = partial(Guests(moves.fleet).create, disks=disks, release=release, machine=machine)
+        record = await asyncio.to_thread(boot, name, host, memory_mib)
         before = await GuestControl(moves.fleet.node(OBSERVER), record.ip).status()
         await moves.known(name)
         return cls(moves, record, before)

@@ -251,7 +251,6 @@ class SourceHandoff(Handoff):
             if not self._held_back:
                 await self._migration.hold()
                 self._held_back = True
-            self._held_at = info
             if self.state == TRANSFERRING:
                 await self.change(state=READY)
         else:
@@ -259,7 +258,7 @@ class SourceHandoff(Handoff):
             self._next_look_s = max(next_look_s(sample, settings), shortest_s)
             if self._held_back:
                 await self._migration.go_on()
-                self._held_back, self._held_at = False, None
+                self._held_back = False
             if self.state == READY:
                 await self.change(state=TRANSFERRING)
 
@@ -296,6 +295,8 @@ class SourceHandoff(Handoff):
                 self._continued = True
                 await self._migration.switch()
             elif not self._allowed_ms:
+                if self._held_back:
+                    self._held_at = await self._migration.query()
                 await self._allow(max(1, int(self.record.downtime_limit_ms * FIRST_SHARE_OF_DOWNTIME)))
             elif (
                 self._allowed_ms < self.record.downtime_limit_ms

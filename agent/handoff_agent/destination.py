@@ -21,7 +21,7 @@ from handoff_agent.ledger import Record
 from handoff_agent.monitor import Monitor, QmpError
 from handoff_agent.rules import ABORTED, ACTIVE, FAILED, FINALIZED, PREPARED, Call
 from handoff_agent.slots import LibvirtFailure, Slot
-from handoff_common.errors import DeadlineError, ExhaustedError, HandoffError, PreconditionError
+from handoff_common.errors import DeadlineError, ExhaustedError, HandoffError, PreconditionError, UnavailableError
 
 # Starting a QEMU takes 0.4 to 0.9 s; on a machine that pages, much longer.
 CREATE_TIMEOUT_S: Final = 30.0
@@ -77,28 +77,27 @@ class DestinationHandoff(Handoff):
         self.watch()
 
     async def activate(self) -> None:
-        """Runs the guest; ACTIVE on return, or FAILED."""
-        arrived = time.monotonic()
+        """Runs the guest; ACTIVE on return, or FAILED.
+
+        Raises DeadlineError or UnavailableError when it is not known whether it runs: it may be, or still come to it.
+        Ask again then.
+        """
+        arrived, arrived_s = time.monotonic(), time.time()
         async with self.lock:
             if not self.permits(Call.ACTIVATE):
                 return
             if not self.record.was_running:
                 await self.change(state=ACTIVE)
                 return
+            first = not self.record.activating
             # From here on only QEMU's own word, or the domain's end, can tell that it never ran.
             await self.change(activating=True)
             with self._slot.events(self.record.domain_uuid) as events:
-                try:
-                    ran = await self._run(events, arrived + ACTIVATE_TIMEOUT_S)
-                except HandoffError as error:
-                    await self._give_up(events, error.message)
-                    return
-            await self.change(
-                state=ACTIVE,
-                running_s=ran.time_s,
-                call_to_running_ms=1000 * (ran.monotonic_s - arrived),
-            )
+                ran_s = await self._run(events, arrived + ACTIVATE_TIMEOUT_S, first=first)
+            if ran_s is None:
+                return
             self._stop_watching()
+            await self.change(state=ACTIVE, running_s=ran_s, call_to_running_ms=max(0.0, 1000 * (ran_s - arrived_s)))
         with contextlib.suppress(HandoffError):
             await self._monitor.execute("announce-self", _ANNOUNCE)
 
@@ -124,7 +123,8 @@ class DestinationHandoff(Handoff):
                 return
             self._stop_watching()
             await self._destroy()
-            await self.change(state=ABORTED, message=reason, never_ran=not self.record.activating)
+            never_ran = self.record.never_ran or not self.record.activating
+            await self.change(state=ABORTED, message=reason, never_ran=never_ran)
 
     def watch(self) -> None:
         """Notices when the incoming domain goes away before it was activated; also after a restart of the agent."""
@@ -150,12 +150,14 @@ class DestinationHandoff(Handoff):
             raise ExhaustedError(f"QEMU does not listen on {where}")
         return ports[0]
 
-    async def _run(self, events: Subscription, deadline: float) -> MonitorEvent:
-        """Resumes the guest until QEMU reports that it runs. Raises what the last attempt raised, or DeadlineError."""
+    async def _run(self, events: Subscription, deadline: float, *, first: bool) -> float | None:
+        """Resumes the guest until QEMU reports that it runs; returns the time, in seconds since the epoch.
+
+        Returns None when it certainly won't run: FAILED then. `first`: it was never told to run before. Raises
+        DeadlineError or UnavailableError when that can't be known.
+        """
         while True:
-            failure: HandoffError = DeadlineError(
-                f"guest {self.record.domain_name}: QEMU did not run it within {ACTIVATE_TIMEOUT_S:g} s"
-            )
+            refusal = ""
             try:
                 await self._slot.on_domain(
                     self.record.domain_uuid,
@@ -163,23 +165,27 @@ class DestinationHandoff(Handoff):
                     max(ACTIVATE_RETRY_S, deadline - time.monotonic()),
                     urgent=True,
                 )
+            except (DeadlineError, UnavailableError):
+                raise
             except HandoffError as error:
-                failure = error
-            wait_s = deadline - time.monotonic() if isinstance(failure, DeadlineError) else ACTIVATE_RETRY_S
+                refusal = error.message
+            wait_s = ACTIVATE_RETRY_S if refusal else deadline - time.monotonic()
             if (event := await _resumed(events, wait_s)) is not None:
-                return event
-            gone = not await is_active(self._slot, self.record.domain_uuid)
-            if gone or time.monotonic() > deadline:
-                raise failure
-
-    async def _give_up(self, events: Subscription, reason: str) -> None:
-        """FAILED, with the truth about whether the guest can have run."""
-        never_ran = False
-        with contextlib.suppress(HandoffError):
+                return event.time_s
+            if not await is_active(self._slot, self.record.domain_uuid):
+                await self.change(state=FAILED, message="its QEMU ended as it was told to run", never_ran=False)
+                return None
             status = await self._monitor.query_status(urgent=True)
-            # The subscription began before the first attempt: no RESUME in it and not run now is never run.
-            never_ran = status in _NOT_RUN_STATUSES and await _resumed(events, 0.0) is None
-        await self.change(state=FAILED, message=f"the guest could not be run: {reason}", never_ran=never_ran)
+            if status not in _NOT_RUN_STATUSES:  # by an earlier call
+                return time.time()
+            if time.monotonic() > deadline:
+                if not refusal:
+                    raise DeadlineError(
+                        f"guest {self.record.domain_name}: QEMU has not run it within {ACTIVATE_TIMEOUT_S:g} s"
+                        f" ({status})"
+                    )
+                await self.change(state=FAILED, message=f"the guest could not be run: {refusal}", never_ran=first)
+                return None
 
     async def _watch(self) -> None:
         with self._slot.events(self.record.domain_uuid) as events:

@@ -21,7 +21,14 @@ from handoff_agent.ledger import Record
 from handoff_agent.monitor import Monitor, QmpError
 from handoff_agent.rules import ABORTED, ACTIVE, FAILED, FINALIZED, PREPARED, Call
 from handoff_agent.slots import LibvirtFailure, Slot
-from handoff_common.errors import DeadlineError, ExhaustedError, HandoffError, PreconditionError, UnavailableError
+from handoff_common.errors import (
+    DeadlineError,
+    ExhaustedError,
+    HandoffError,
+    NotFoundError,
+    PreconditionError,
+    UnavailableError,
+)
 
 # Starting a QEMU takes 0.4 to 0.9 s; on a machine that pages, much longer.
 CREATE_TIMEOUT_S: Final = 30.0
@@ -156,6 +163,8 @@ class DestinationHandoff(Handoff):
         Returns None when it certainly won't run: FAILED then. `first`: it was never told to run before. Raises
         DeadlineError or UnavailableError when that can't be known.
         """
+        # libvirt refuses to resume a domain that it finds ended, before it says a word to QEMU.
+        never_told = first
         while True:
             refusal = ""
             try:
@@ -169,11 +178,14 @@ class DestinationHandoff(Handoff):
                 raise
             except HandoffError as error:
                 refusal = error.message
+                never_told = never_told and isinstance(error, PreconditionError | NotFoundError)
+            else:
+                never_told = False
             wait_s = ACTIVATE_RETRY_S if refusal else deadline - time.monotonic()
             if (event := await _resumed(events, wait_s)) is not None:
                 return event.time_s
             if not await is_active(self._slot, self.record.domain_uuid):
-                await self.change(state=FAILED, message="its QEMU ended as it was told to run", never_ran=False)
+                await self.change(state=FAILED, message="its QEMU ended as it was told to run", never_ran=never_told)
                 return None
             status = await self._monitor.query_status(urgent=True)
             if status not in _NOT_RUN_STATUSES:  # by an earlier call

@@ -35,6 +35,7 @@ class Changes(TypedDict, total=False):
     paused_s: float
     paused_to_held_ms: float
     qemu_downtime_ms: int
+    paused_to_resumed_ms: float
     listen_uri: str
     activating: bool
     never_ran: bool
@@ -108,6 +109,7 @@ class Handoff:
                     paused_time=timestamp(record.paused_s),
                     paused_to_held_ms=record.paused_to_held_ms,
                     qemu_downtime_ms=record.qemu_downtime_ms,
+                    paused_to_resumed_ms=record.paused_to_resumed_ms,
                 )
             )
         if record.running_s:

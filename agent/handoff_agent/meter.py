@@ -60,3 +60,16 @@ def progress(info: MigrationInfo, sample: Sample, decision: str) -> pb.TransferP
         elapsed_ms=info.total_ms,
         decision=decision,
     )
+
+
+def final_progress(last: pb.TransferProgress | None, info: MigrationInfo) -> pb.TransferProgress:
+    """The last reading with QEMU's final figures: much is sent in the pause, when nobody looks."""
+    progress = pb.TransferProgress()
+    if last is not None:
+        progress.CopyFrom(last)
+    progress.time.CopyFrom(timestamp(time.time()))
+    progress.ram_transferred_bytes = info.ram_transferred_bytes
+    progress.ram_remaining_bytes = info.ram_remaining_bytes
+    progress.iterations = info.iterations
+    progress.elapsed_ms = info.total_ms
+    return progress

@@ -24,12 +24,23 @@ from handoff_agent.breaker import CANCEL_TIMEOUT_S, RETRY_S, Breaker
 from handoff_agent.convergence import Action, ConvergenceSettings, Sample, decide, next_look_s
 from handoff_agent.domains import end_domain, is_active, is_running, run_again, undefine
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
-from handoff_agent.handoff import Handoff, Notify, Save
+from handoff_agent.handoff import Changes, Handoff, Notify, Save
 from handoff_agent.ledger import Record
-from handoff_agent.meter import Meter, progress
+from handoff_agent.meter import Meter, final_progress, progress
 from handoff_agent.monitor import MigrationInfo, MigrationStatus, Monitor
 from handoff_agent.outgoing import OutgoingMigration
-from handoff_agent.rules import ABORTED, COPYING_STATES, FAILED, HELD, READY, RELEASED, SWITCHING, TRANSFERRING, Call
+from handoff_agent.rules import (
+    ABORTED,
+    COPYING_STATES,
+    FAILED,
+    HELD,
+    READY,
+    RELEASED,
+    SWITCHING,
+    TRANSFERRING,
+    Call,
+    State,
+)
 from handoff_agent.slots import Slot
 from handoff_agent.stream import Stream
 from handoff_common.errors import DeadlineError, HandoffError, UnavailableError
@@ -122,8 +133,9 @@ class SourceHandoff(Handoff):
             await self._end_transfer()
             was_held = self.state == HELD
             if await self._is_back() or not was_held:
+                changes = self._ended(ABORTED, reason)
                 await self._tidy()
-                await self.change(state=ABORTED, message=reason)
+                await self.change(**changes)
             else:
                 await self.change(state=FAILED, message="the held copy is gone: its QEMU ended at the source")
 
@@ -313,6 +325,7 @@ class SourceHandoff(Handoff):
         await self._breaker.close()
         with contextlib.suppress(HandoffError):
             info = await self._migration.query()
+            self.progress = final_progress(self.progress, info)
             await self.change(qemu_downtime_ms=info.downtime_ms)
 
     async def _on_broken(self) -> None:
@@ -347,8 +360,9 @@ class SourceHandoff(Handoff):
             except HandoffError as error:
                 message = f"{message}; {error.message}"
             break
+        changes = self._ended(FAILED, message)
         await self._tidy()
-        await self.change(state=FAILED, message=message)
+        await self.change(**changes)
 
     # Getting back.
 
@@ -376,6 +390,15 @@ class SourceHandoff(Handoff):
         """Makes sure that the guest runs if it ran before; tells whether it is still here. Raises as run_again does."""
         uuid = self.record.domain_uuid
         return await (run_again(self._slot, uuid) if self.record.was_running else is_active(self._slot, uuid))
+
+    def _ended(self, state: State, message: str) -> Changes:
+        """The end of a handoff after which the guest runs here, with the pause that has just ended, if any."""
+        changes = Changes(state=state, message=message)
+        paused_s = self._stopped_s or self.record.paused_s
+        if self.record.was_running and paused_s and not self.record.paused_to_resumed_ms:
+            changes["paused_s"] = paused_s
+            changes["paused_to_resumed_ms"] = max(0.0, 1000 * (time.time() - paused_s))
+        return changes
 
     async def _tidy(self) -> None:
         """Gives back what the handoff changed; what can't be given back is logged, for it does not harm the guest."""

@@ -377,9 +377,15 @@ class Driver:
                 outcome.downtime_ms = max(0.0, (running_ns - outcome.paused_time.ToNanoseconds()) / 1e6)
 
     async def _release_source(self) -> None:
-        await self._try(
+        released = await self._try(
             "release", self.migration.source.host, lambda: self._source.release_source(self._fence, self.migration.id)
         )
+        if released is not None:
+            # QEMU's final figures come after "held", when nobody waits for them.
+            outcome = self.migration.outcome
+            outcome.qemu_downtime_ms = released.switch_timings.qemu_downtime_ms
+            outcome.ram_bytes = max(outcome.ram_bytes, released.progress.ram_transferred_bytes)
+            outcome.iterations = max(outcome.iterations, released.progress.iterations)
 
     async def _finalize_destination(self) -> None:
         await self._try(
@@ -388,11 +394,12 @@ class Driver:
             lambda: self._destination.finalize_destination(self._fence, self.migration.id),
         )
 
-    async def _try(self, what: str, host: str, call: Callable[[], Awaitable[Handoff]]) -> None:
+    async def _try(self, what: str, host: str, call: Callable[[], Awaitable[Handoff]]) -> Handoff | None:
         try:
-            await self._insist(call, PATIENCE_S[State.FINISHING], also_refusals=True)
+            return await self._insist(call, PATIENCE_S[State.FINISHING], also_refusals=True)
         except StepFailed as failure:
             self._warn(f"{what} on {host} has not been done: {failure}. It is done when the host's agent is back")
+            return None
 
     async def _abort_source(self) -> None:
         """Lets the guest run at the source again. There is no giving up: it may be held there."""

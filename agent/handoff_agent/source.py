@@ -81,6 +81,7 @@ class SourceHandoff(Handoff):
         self._allowed_ms = 0
         self._stop_sent = False
         self._stopped_s = 0.0
+        self._pause_over = (0.0, 0.0)
         self._paused = False
         self._continued = False
         self._over = False
@@ -197,6 +198,7 @@ class SourceHandoff(Handoff):
             case MonitorEvent(event="STOP"):
                 self._stopped_s = event.time_s
             case MonitorEvent(event="RESUME"):
+                self._pause_over = (self._stopped_s, event.time_s)
                 self._stopped_s = 0.0
             case MonitorEvent(event="MIGRATION"):
                 await self._act(MigrationStatus.parse(str(event.data.get("status"))))
@@ -394,10 +396,12 @@ class SourceHandoff(Handoff):
     def _ended(self, state: State, message: str) -> Changes:
         """The end of a handoff after which the guest runs here, with the pause that has just ended, if any."""
         changes = Changes(state=state, message=message)
-        paused_s = self._stopped_s or self.record.paused_s
+        paused_s, resumed_s = self._stopped_s or self.record.paused_s, time.time()
+        if not paused_s:
+            paused_s, resumed_s = self._pause_over
         if self.record.was_running and paused_s and not self.record.paused_to_resumed_ms:
             changes["paused_s"] = paused_s
-            changes["paused_to_resumed_ms"] = max(0.0, 1000 * (time.time() - paused_s))
+            changes["paused_to_resumed_ms"] = max(0.0, 1000 * (resumed_s - paused_s))
         return changes
 
     async def _tidy(self) -> None:

@@ -34,6 +34,7 @@ from handoff_agent.rules import (
     COPYING_STATES,
     FAILED,
     HELD,
+    PREPARED,
     READY,
     RELEASED,
     SWITCHING,
@@ -173,7 +174,28 @@ class SourceHandoff(Handoff):
 
     async def _rejoin(self) -> None:
         with self._slot.events(self.record.domain_uuid) as events:
+            if self.state == TRANSFERRING:
+                # Until this is known, the leader's repeated order waits for the lock.
+                async with self.lock:
+                    if await self._never_began():
+                        await self.change(state=PREPARED)
+                        return
             await self._drive(events)
+
+    async def _never_began(self) -> bool:
+        """Whether the agent died between its own record and QEMU's `migrate`."""
+        while True:
+            try:
+                status = (await self._migration.query()).status
+                # COMPLETED with a running guest is of the handoff that it came here by.
+                return status is MigrationStatus.NONE or (
+                    status is MigrationStatus.COMPLETED and await is_running(self._monitor)
+                )
+            except (UnavailableError, DeadlineError):
+                await self._slot.wait_connected(ASK_AGAIN_S)
+                await asyncio.sleep(RETRY_S)
+            except HandoffError:
+                return False
 
     async def _drive(self, events: Subscription) -> None:
         self._events = events

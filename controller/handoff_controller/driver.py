@@ -327,7 +327,11 @@ class Driver:
             self._note_running(handoff)
             return None
         if not handoff.never_ran:
-            self._warn(f"{self.migration.destination.host}: {handoff.message}")
+            # It may have run, and written to its disks: the held copy is of the past.
+            self.migration.error = (
+                f"{self.migration.guest_name} was moved to {self.migration.destination.host} and does not run there: "
+                f"{handoff.message}. Start it there"
+            )
             return None
         why = handoff.message or "the destination's copy is gone"
         undone = await self._persist(

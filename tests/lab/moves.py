@@ -121,6 +121,14 @@ class Moves:
                 assert state_of(migration) not in FINAL, f"not {state.name} but {story(migration)}"
         raise AssertionError(f"the watch ended before {state.name}")
 
+    async def copies(self, migration_id: str) -> Migration:
+        """Waits until memory is on its way."""
+        async with aclosing(self.watch(migration_id)) as updates:
+            async for migration in updates:
+                if migration.progress.ram_transferred_bytes:
+                    return migration
+        raise AssertionError("the watch ended before the copy began")
+
     async def ends(self, migration_id: str, controller: str | None = None) -> Migration:
         """Waits for the final state."""
         async with aclosing(self.watch(migration_id, controller)) as updates:

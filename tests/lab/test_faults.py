@@ -50,7 +50,7 @@ async def test_an_agent_dies_during_the_copy_and_comes_back(subject: Subject, fl
     """QEMU copies on without it, and the move is finished."""
     here, there = await subject.host(), await subject.away()
     migration = await subject.moves.create(subject.name, there, SLOW)
-    await subject.moves.reaches(migration.id, State.COPYING)
+    await subject.moves.copies(migration.id)
     agent = fleet.daemon(here if side == "source" else there, "agent")
     await asyncio.to_thread(agent.signal, signal.SIGKILL)
     await asyncio.to_thread(agent.start)

@@ -26,7 +26,7 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)
 # QEMU's own bounds: below a page or two a second nothing converges; it refuses a downtime above 2000 s.
 LEAST_BANDWIDTH_BYTES_PER_S = 1 << 20
 LONGEST_DOWNTIME_MS = 2_000_000
-REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 
 
 def with_defaults(options: MigrationOptions) -> MigrationOptions:
@@ -75,7 +75,7 @@ class Planner:
         """The migration, in PLANNED, not yet recorded. Raises what CreateMigration documents; changes nothing."""
         now = datetime.now(UTC)
         if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
-            raise InvalidArgumentError("request_id: letters, digits and dashes, at most 64")
+            raise InvalidArgumentError("request_id: letters, digits and dashes, at most 64, not a dash first")
         if not request.guest:
             raise InvalidArgumentError("no guest given; `handoff guests` lists them")
         if not request.destination_host:

@@ -213,13 +213,19 @@ class DestinationHandoff(Handoff):
                         active = await is_active(self._slot, self.record.domain_uuid)
                     except HandoffError:
                         continue
-                    if not active and not self.record.activating:
-                        await self.change(
-                            state=FAILED,
-                            message=f"guest {self.record.domain_name}: its QEMU at the destination ended",
-                            never_ran=True,
-                        )
+                    if not active:
+                        await self._note_end()
                     timeout_s = 60.0
+
+    async def _note_end(self) -> None:
+        """FAILED, unless an order that is being carried out, such as an abort, is why the domain ended."""
+        async with self.lock:
+            if self.state == PREPARED and not self.record.activating:
+                await self.change(
+                    state=FAILED,
+                    message=f"guest {self.record.domain_name}: its QEMU at the destination ended",
+                    never_ran=True,
+                )
 
     async def _remove_unfinished(self) -> None:
         """Removes the domain that an agent was creating when it died."""

@@ -37,6 +37,9 @@ ACTIVATE_RETRY_S: Final = 0.1
 WATCH_RETRY_S: Final = 1.0
 
 _CAPABILITIES: Final = {"return-path": True, "events": True}
+# Else QEMU takes the locks of the images when it has loaded the guest, and the source could not have it back.
+_LATE_ACTIVATION: Final = "late-block-activate"
+_ARRIVED_STATUSES: Final = ("paused", "prelaunch")
 _NOT_RUN_STATUSES: Final = ("inmigrate", "paused", "prelaunch")
 _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 
@@ -58,6 +61,8 @@ class DestinationHandoff(Handoff):
         self._slot = slot
         self._monitor = Monitor(slot, record.domain_uuid)
         self._guard: asyncio.Task[None] | None = None
+        self.left_behind = False
+        """`create` failed, and so did its undoing: `watch` goes on with that."""
 
     # The leader's calls. Each holds the lock, and is repeatable.
 
@@ -77,7 +82,9 @@ class DestinationHandoff(Handoff):
                 raise PreconditionError(
                     f"guest {self.record.domain_name} can't be started here: {error.message}"
                 ) from None
-            await self._monitor.set_capabilities(_CAPABILITIES)
+            known = await self._monitor.query_capabilities()
+            late = {_LATE_ACTIVATION: True} if _LATE_ACTIVATION in known else {}
+            await self._monitor.set_capabilities(_CAPABILITIES | late)
             port = await self._listen(listener)
             await self.change(state=PREPARED, listen_uri=f"tcp:{_bracketed(listener.address)}:{port}")
             undo.pop_all()
@@ -94,7 +101,7 @@ class DestinationHandoff(Handoff):
             if not self.permits(Call.ACTIVATE):
                 return
             if not self.record.was_running:
-                await self.change(state=ACTIVE)
+                await self._keep_paused()
                 return
             first = not self.record.activating
             # From here on only QEMU's own word, or the domain's end, can tell that it never ran.
@@ -107,6 +114,18 @@ class DestinationHandoff(Handoff):
             await self.change(state=ACTIVE, running_s=ran_s, call_to_running_ms=max(0.0, 1000 * (ran_s - arrived_s)))
         with contextlib.suppress(HandoffError):
             await self._monitor.execute("announce-self", _ANNOUNCE)
+
+    async def _keep_paused(self) -> None:
+        """ACTIVE for a guest that its user had paused, if it is there; FAILED if not."""
+        arrived = (
+            await is_active(self._slot, self.record.domain_uuid)
+            and await self._monitor.query_status(urgent=True) in _ARRIVED_STATUSES
+        )
+        if arrived:
+            self._stop_watching()
+            await self.change(state=ACTIVE)
+        else:
+            await self.change(state=FAILED, message="the paused guest is not there", never_ran=True)
 
     async def finalize(self) -> None:
         """Makes the definition persistent, with its autostart. Raises as Slot.call does; may be repeated."""
@@ -234,7 +253,7 @@ class DestinationHandoff(Handoff):
         except HandoffError:
             await self._slot.wait_connected(60.0)
         else:
-            await self.change(state=FAILED, message="the agent was restarted while it prepared", never_ran=True)
+            await self.change(state=FAILED, message="it could not be prepared; nothing is left of it", never_ran=True)
 
     def _stop_watching(self) -> None:
         if self._guard is not None:
@@ -249,7 +268,8 @@ class DestinationHandoff(Handoff):
         try:
             await self._destroy()
         except HandoffError as error:
-            self.log.error("the incoming domain may be left; destroy it", error=error.message)
+            self.left_behind = True
+            self.log.error("the incoming domain may be left; it is removed when libvirt answers", error=error.message)
 
 
 async def _resumed(events: Subscription, wait_s: float) -> MonitorEvent | None:

@@ -27,7 +27,7 @@ from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, Monitor
 from handoff_agent.handoff import Changes, Handoff, Notify, Save
 from handoff_agent.ledger import Record
 from handoff_agent.meter import Meter, final_progress, progress
-from handoff_agent.monitor import MigrationInfo, MigrationStatus, Monitor
+from handoff_agent.monitor import MigrationInfo, MigrationStatus, Monitor, QmpError
 from handoff_agent.outgoing import OutgoingMigration
 from handoff_agent.rules import (
     ABORTED,
@@ -180,17 +180,23 @@ class SourceHandoff(Handoff):
                     if await self._never_began():
                         await self.change(state=PREPARED)
                         return
+            elif self.state == SWITCHING:
+                await self._find_pause()
             await self._drive(events)
+
+    async def _find_pause(self) -> None:
+        """A guest that was paused for the switch has its deadline from now on."""
+        with contextlib.suppress(HandoffError):
+            if self.record.was_running and not await is_running(self._monitor):
+                self._stop_sent, self._stopped_s = True, time.time()
+                self._arm(self.record.switch_deadline_s)
 
     async def _never_began(self) -> bool:
         """Whether the agent died between its own record and QEMU's `migrate`."""
         while True:
             try:
-                status = (await self._migration.query()).status
-                # COMPLETED with a running guest is of the handoff that it came here by.
-                return status is MigrationStatus.NONE or (
-                    status is MigrationStatus.COMPLETED and await is_running(self._monitor)
-                )
+                # COMPLETED is of the handoff that the guest came here by: ours needs an order before it can end.
+                return (await self._migration.query()).status in (MigrationStatus.NONE, MigrationStatus.COMPLETED)
             except (UnavailableError, DeadlineError):
                 await self._slot.wait_connected(ASK_AGAIN_S)
                 await asyncio.sleep(RETRY_S)
@@ -321,7 +327,12 @@ class SourceHandoff(Handoff):
             self._stop_sent = True
             self._stopped_s = time.time()
             self._arm(self.record.switch_deadline_s)
-            await self._migration.stop()
+            try:
+                await self._migration.stop()
+            except QmpError:
+                self._stop_sent, self._stopped_s = False, 0.0
+                self._breaker.disarm()
+                raise
 
     async def _allow(self, downtime_ms: int) -> None:
         await self._migration.allow_pause(downtime_ms, self._meter.rate_bytes_per_s)
@@ -430,11 +441,9 @@ class SourceHandoff(Handoff):
         """Gives back what the handoff changed; what can't be given back is logged, for it does not harm the guest."""
         await self._breaker.close()
         try:
-            if not await is_active(self._slot, self.record.domain_uuid):
-                return
-            if self.record.started_s:
-                await self._migration.tidy()
             if self.record.autostart:
                 await self._slot.on_domain(self.record.domain_uuid, lambda domain: domain.setAutostart(1))
+            if self.record.started_s and await is_active(self._slot, self.record.domain_uuid):
+                await self._migration.tidy()
         except HandoffError as error:
             self.log.warning("could not tidy up", error=error.message)

@@ -237,3 +237,12 @@ async def unsettled(fleet: Fleet, host: str) -> list[str]:
     async with open_channel(f"unix:{fleet.lab.agent_socket(host)}") as channel:
         answer = await QemuServiceStub(channel).ListHandoffs(ListHandoffsRequest(), timeout=CALL_S)
     return [f"{one.migration_id} {HandoffState.Name(one.state)}" for one in answer.handoffs if one.state not in SETTLED]
+
+
+def qemu_on(fleet: Fleet, host: str, guest: str) -> int:
+    """The pid of the guest's QEMU on one host: during a move there are two."""
+    where = fleet.host(host)
+    inner = int((where.directory / f"run/handoff/slots/a/qemu/{guest}.pid").read_text())
+    pid = where.node.find(inner)
+    assert pid is not None
+    return pid

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from moves import OBSERVER, Subject, story
+from moves import OBSERVER, Subject, qemu_on, story
 
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationOptions
 from handoff_controller.machine import State, state_of
@@ -20,15 +20,6 @@ pytestmark = pytest.mark.lab
 SLOW = MigrationOptions(bandwidth_bytes_per_s=8 << 20)
 SWITCH_DEADLINE_S = 2.0
 """The default of MigrationOptions.switch_deadline."""
-
-
-def qemu_on(fleet: Fleet, host: str, guest: str) -> int:
-    """The pid of the guest's QEMU on one host: during a move there are two."""
-    where = fleet.host(host)
-    inner = int((where.directory / f"run/handoff/slots/a/qemu/{guest}.pid").read_text())
-    pid = where.node.find(inner)
-    assert pid is not None
-    return pid
 
 
 def gone_from(fleet: Fleet, host: str, guest: str) -> None:

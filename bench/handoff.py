@@ -41,6 +41,7 @@ GUEST, MEMORY_MIB = "bench", 256
 DIRTY_MIB, DIRTY_MIB_PER_S = 16, 8
 DEADLINE_S = 120.0
 SETTLE_S = 1.0
+POLL_S = 0.1
 
 
 @dataclass(slots=True)
@@ -101,9 +102,11 @@ class Bench:
 
     async def _settled(self, host: str) -> None:
         """Waits until the controller knows that the guest is there, and the machine is quiet again."""
-        async with asyncio.timeout(DEADLINE_S):
-            while not await self._is_at(host):
-                await asyncio.sleep(0.1)
+        until = time.monotonic() + DEADLINE_S
+        while not await self._is_at(host):
+            if time.monotonic() > until:
+                raise click.ClickException(f"the controller does not see {self._guest.name} on {host}")
+            await asyncio.sleep(POLL_S)
         await asyncio.sleep(SETTLE_S)
 
     async def _is_at(self, host: str) -> bool:

@@ -25,7 +25,14 @@ from handoff_agent.local_sockets import CPR, UNIX, LocalSockets, cpr_socket, mai
 from handoff_agent.monitor import Monitor, QmpError
 from handoff_agent.rules import ABORTED, ACTIVE, FAILED, FINALIZED, PREPARED, Call
 from handoff_agent.slots import CALL_TIMEOUT_S, LibvirtFailure, Slot
-from handoff_common.errors import DeadlineError, ExhaustedError, HandoffError, NotFoundError, PreconditionError
+from handoff_common.errors import (
+    DeadlineError,
+    ExhaustedError,
+    HandoffError,
+    NotFoundError,
+    PreconditionError,
+    UnavailableError,
+)
 
 # Starting a QEMU takes 0.4 to 0.9 s; on a machine that pages, much longer.
 CREATE_TIMEOUT_S: Final = 30.0
@@ -36,6 +43,9 @@ ACTIVATE_RETRY_S: Final = 0.1
 WATCH_RETRY_S: Final = 1.0
 
 _CAPABILITIES: Final = {"return-path": True, "events": True}
+# Else QEMU takes the locks of the images when it has loaded the guest, and the source could not have it back.
+_LATE_ACTIVATION: Final = "late-block-activate"
+_ARRIVED_STATUSES: Final = ("paused", "prelaunch")
 _NOT_RUN_STATUSES: Final = ("inmigrate", "paused", "prelaunch")
 _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 
@@ -68,6 +78,8 @@ class DestinationHandoff(Handoff):
         self._starting: asyncio.Task[None] | None = None
         self._monitor = Monitor(slot, record.domain_uuid)
         self._guard: asyncio.Task[None] | None = None
+        self.left_behind = False
+        """`create` failed, and so did its undoing: `watch` goes on with that."""
 
     # The leader's calls. Each holds the lock, and is repeatable.
 
@@ -116,39 +128,41 @@ class DestinationHandoff(Handoff):
         await self._listen_locally(self.record.listen_uri.removeprefix(CPR), ACCEPT_TIMEOUT_S)
 
     async def activate(self) -> None:
-        """Runs the guest; ACTIVE on return, or FAILED."""
-        arrived = time.monotonic()
+        """Runs the guest; ACTIVE on return, or FAILED.
+
+        Raises DeadlineError or UnavailableError when it is not known whether it runs: it may be, or still come to it.
+        Ask again then.
+        """
+        arrived, arrived_s = time.monotonic(), time.time()
         async with self.lock:
             if not self.permits(Call.ACTIVATE):
                 return
             if not self.record.was_running:
-                await self.change(state=ACTIVE)
+                await self._keep_paused()
                 return
-            is_first_try = not self.record.activating
+            first = not self.record.activating
             # From here on only QEMU's own word, or the domain's end, can tell that it never ran.
             await self.change(activating=True)
             with self._slot.events(self.record.domain_uuid) as events:
-                try:
-                    ran = await self._run(events, arrived + ACTIVATE_TIMEOUT_S)
-                except NotFoundError as error:
-                    # Raised only when no attempt got as far as the domain.
-                    await self.change(
-                        state=FAILED,
-                        message=f"the guest could not be run: its QEMU had ended before ({error.message})",
-                        never_ran=is_first_try,
-                    )
-                    return
-                except HandoffError as error:
-                    await self._give_up(events, error.message)
-                    return
-            await self.change(
-                state=ACTIVE,
-                running_s=ran.time_s,
-                call_to_running_ms=1000 * (ran.monotonic_s - arrived),
-            )
+                ran_s = await self._run(events, arrived + ACTIVATE_TIMEOUT_S, first=first)
+            if ran_s is None:
+                return
             self._stop_watching()
+            await self.change(state=ACTIVE, running_s=ran_s, call_to_running_ms=max(0.0, 1000 * (ran_s - arrived_s)))
         with contextlib.suppress(HandoffError):
             await self._monitor.execute("announce-self", _ANNOUNCE)
+
+    async def _keep_paused(self) -> None:
+        """ACTIVE for a guest that its user had paused, if it is there; FAILED if not."""
+        arrived = (
+            await is_active(self._slot, self.record.domain_uuid)
+            and await self._monitor.query_status(urgent=True) in _ARRIVED_STATUSES
+        )
+        if arrived:
+            self._stop_watching()
+            await self.change(state=ACTIVE)
+        else:
+            await self.change(state=FAILED, message="the paused guest is not there", never_ran=True)
 
     async def finalize(self) -> None:
         """Makes the definition persistent, with its autostart. Raises as Slot.call does; may be repeated."""
@@ -173,7 +187,8 @@ class DestinationHandoff(Handoff):
                 return
             self._stop_watching()
             await self._destroy()
-            await self.change(state=ABORTED, message=reason, never_ran=not self.record.activating)
+            never_ran = self.record.never_ran or not self.record.activating
+            await self.change(state=ABORTED, message=reason, never_ran=never_ran)
 
     def watch(self) -> None:
         """Notices when the incoming domain goes away before it was activated; also after a restart of the agent."""
@@ -194,7 +209,9 @@ class DestinationHandoff(Handoff):
             )
         except LibvirtFailure as error:
             raise PreconditionError(f"guest {self.record.domain_name} can't be started here: {error.message}") from None
-        await self._monitor.set_capabilities(_CAPABILITIES)
+        known = await self._monitor.query_capabilities()
+        late = {_LATE_ACTIVATION: True} if _LATE_ACTIVATION in known else {}
+        await self._monitor.set_capabilities(_CAPABILITIES | late)
 
     async def _until_it_waits(self, folder: str) -> None:
         """Waits until QEMU waits for the memory; libvirt's call goes on until it has come."""
@@ -234,16 +251,16 @@ class DestinationHandoff(Handoff):
             raise ExhaustedError(f"QEMU does not listen on {where}")
         return ports[0]
 
-    async def _run(self, events: Subscription, deadline: float) -> MonitorEvent:
-        """Resumes the guest until QEMU reports that it runs.
+    async def _run(self, events: Subscription, deadline: float, *, first: bool) -> float | None:
+        """Resumes the guest until QEMU reports that it runs; returns the time, in seconds since the epoch.
 
-        Raises what the last attempt raised, or DeadlineError; NotFoundError only if all attempts found no domain.
+        Returns None when it certainly won't run: FAILED then. `first`: it was never told to run before. Raises
+        DeadlineError or UnavailableError when that can't be known.
         """
-        reached = False
+        # libvirt refuses to resume a domain that it finds ended, before it says a word to QEMU.
+        never_told = first
         while True:
-            failure: HandoffError = DeadlineError(
-                f"guest {self.record.domain_name}: QEMU did not run it within {ACTIVATE_TIMEOUT_S:g} s"
-            )
+            refusal = ""
             try:
                 await self._slot.on_domain(
                     self.record.domain_uuid,
@@ -251,27 +268,30 @@ class DestinationHandoff(Handoff):
                     max(ACTIVATE_RETRY_S, deadline - time.monotonic()),
                     urgent=True,
                 )
-            except NotFoundError as error:
-                failure = PreconditionError(error.message) if reached else error
+            except (DeadlineError, UnavailableError):
+                raise
             except HandoffError as error:
-                reached, failure = True, error
+                refusal = error.message
+                never_told = never_told and isinstance(error, PreconditionError | NotFoundError)
             else:
-                reached = True
-            wait_s = deadline - time.monotonic() if isinstance(failure, DeadlineError) else ACTIVATE_RETRY_S
+                never_told = False
+            wait_s = ACTIVATE_RETRY_S if refusal else deadline - time.monotonic()
             if (event := await _resumed(events, wait_s)) is not None:
-                return event
-            gone = not await is_active(self._slot, self.record.domain_uuid)
-            if gone or time.monotonic() > deadline:
-                raise failure
-
-    async def _give_up(self, events: Subscription, reason: str) -> None:
-        """FAILED, with the truth about whether the guest can have run."""
-        never_ran = False
-        with contextlib.suppress(HandoffError):
+                return event.time_s
+            if not await is_active(self._slot, self.record.domain_uuid):
+                await self.change(state=FAILED, message="its QEMU ended as it was told to run", never_ran=never_told)
+                return None
             status = await self._monitor.query_status(urgent=True)
-            # The subscription began before the first attempt: no RESUME in it and not run now is never run.
-            never_ran = status in _NOT_RUN_STATUSES and await _resumed(events, 0.0) is None
-        await self.change(state=FAILED, message=f"the guest could not be run: {reason}", never_ran=never_ran)
+            if status not in _NOT_RUN_STATUSES:  # by an earlier call
+                return time.time()
+            if time.monotonic() > deadline:
+                if not refusal:
+                    raise DeadlineError(
+                        f"guest {self.record.domain_name}: QEMU has not run it within {ACTIVATE_TIMEOUT_S:g} s"
+                        f" ({status})"
+                    )
+                await self.change(state=FAILED, message=f"the guest could not be run: {refusal}", never_ran=first)
+                return None
 
     async def _watch(self) -> None:
         with self._slot.events(self.record.domain_uuid) as events:
@@ -287,13 +307,19 @@ class DestinationHandoff(Handoff):
                         active = await is_active(self._slot, self.record.domain_uuid)
                     except HandoffError:
                         continue
-                    if not active and not self.record.activating:
-                        await self.change(
-                            state=FAILED,
-                            message=f"guest {self.record.domain_name}: its QEMU at the destination ended",
-                            never_ran=True,
-                        )
+                    if not active:
+                        await self._note_end()
                     timeout_s = 60.0
+
+    async def _note_end(self) -> None:
+        """FAILED, unless an order that is being carried out, such as an abort, is why the domain ended."""
+        async with self.lock:
+            if self.state == PREPARED and not self.record.activating:
+                await self.change(
+                    state=FAILED,
+                    message=f"guest {self.record.domain_name}: its QEMU at the destination ended",
+                    never_ran=True,
+                )
 
     async def _remove_unfinished(self) -> None:
         """Removes the domain that an agent was creating when it died."""
@@ -302,7 +328,7 @@ class DestinationHandoff(Handoff):
         except HandoffError:
             await self._slot.wait_connected(60.0)
         else:
-            await self.change(state=FAILED, message="the agent was restarted while it prepared", never_ran=True)
+            await self.change(state=FAILED, message="it could not be prepared; nothing is left of it", never_ran=True)
 
     def _stop_watching(self) -> None:
         if self._guard is not None:
@@ -319,7 +345,8 @@ class DestinationHandoff(Handoff):
         try:
             await self._destroy()
         except HandoffError as error:
-            self.log.error("the incoming domain may be left; destroy it", error=error.message)
+            self.left_behind = True
+            self.log.error("the incoming domain may be left; it is removed when libvirt answers", error=error.message)
 
 
 async def _resumed(events: Subscription, wait_s: float) -> MonitorEvent | None:

@@ -1,6 +1,7 @@
 """What both sides of a handoff do with a domain: look at it, run it, end it."""
 
 import contextlib
+import time
 from typing import Final
 
 import libvirt
@@ -11,6 +12,11 @@ from handoff_common.errors import HandoffError, NotFoundError, PreconditionError
 
 QUIT_TIMEOUT_S: Final = 1.0
 END_TIMEOUT_S: Final = 20.0
+RESUME_TIMEOUT_S: Final = 10.0
+RESUME_RETRY_S: Final = 0.2
+
+_RUNNING_STATUSES: Final = ("running", "io-error", "watchdog", "guest-panicked", "suspended", "shutdown")
+"""QEMU's run states in which a guest is not waiting for us."""
 
 _UNDEFINE_FLAGS: Final = (
     libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
@@ -27,6 +33,35 @@ async def is_active(slot: Slot, uuid: str) -> bool:
         return bool(await slot.on_domain(uuid, lambda domain: domain.isActive(), urgent=True))
     except NotFoundError:
         return False
+
+
+async def run_again(slot: Slot, uuid: str) -> bool:
+    """Makes sure that the guest runs, after a transfer that ended here; tells whether it still has a QEMU.
+
+    Raises PreconditionError when QEMU doesn't run it within 10 s, and UnavailableError or DeadlineError when libvirtd
+    does not answer: then nothing is known.
+    """
+    deadline = time.monotonic() + RESUME_TIMEOUT_S
+    monitor = Monitor(slot, uuid)
+    refusal = "QEMU stays paused"
+    with slot.events(uuid) as events:
+        while await is_active(slot, uuid):
+            if await is_running(monitor):
+                return True
+            if time.monotonic() > deadline:
+                raise PreconditionError(f"domain {uuid} does not resume ({refusal}); try virsh resume")
+            try:
+                await slot.on_domain(uuid, lambda domain: domain.resume(), urgent=True)
+            except (PreconditionError, NotFoundError, LibvirtFailure) as error:
+                # "already running" when QEMU was faster; other refusals of a moment pass.
+                refusal = error.message
+            await events.next_within(RESUME_RETRY_S)
+    return False
+
+
+async def is_running(monitor: Monitor) -> bool:
+    """The guest is not paused, or for reasons of its own. Raises as Monitor.execute does."""
+    return await monitor.query_status(urgent=True) in _RUNNING_STATUSES
 
 
 async def end_domain(slot: Slot, uuid: str, *, listens: bool = True) -> None:

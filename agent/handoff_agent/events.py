@@ -102,7 +102,8 @@ class Subscription:
         """Returns the next event, or None when the time is up or `wake` was called; one that waits comes at once."""
         if self._queue.empty() and timeout_s > 0:
             with contextlib.suppress(TimeoutError):
-                return await asyncio.wait_for(self._queue.get(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    return await self._queue.get()
         return None if self._queue.empty() else self._queue.get_nowait()
 
 

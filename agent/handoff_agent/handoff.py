@@ -11,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from handoff.agent.v1 import qemu_pb2 as pb
 from handoff_agent.ledger import Record
-from handoff_agent.rules import Answer, Call, State, judge, state_name
+from handoff_agent.rules import HELD, Answer, Call, State, judge, state_name
 from handoff_common.errors import PreconditionError
 
 log = structlog.get_logger()
@@ -36,6 +36,7 @@ class Changes(TypedDict, total=False):
     paused_s: float
     paused_to_held_ms: float
     qemu_downtime_ms: int
+    paused_to_resumed_ms: float
     listen_uri: str
     activating: bool
     never_ran: bool
@@ -109,6 +110,8 @@ class Handoff:
                     paused_time=timestamp(record.paused_s),
                     paused_to_held_ms=record.paused_to_held_ms,
                     qemu_downtime_ms=record.qemu_downtime_ms,
+                    paused_to_resumed_ms=record.paused_to_resumed_ms,
+                    held_for_ms=held_for_ms(record),
                 )
             )
         if record.running_s:
@@ -124,3 +127,10 @@ def timestamp(seconds: float) -> Timestamp:
     """Seconds since the epoch as protobuf's Timestamp."""
     whole = int(seconds)
     return Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))
+
+
+def held_for_ms(record: Record) -> float:
+    """How long a source has been HELD by now, in milliseconds; 0 when it is not."""
+    if record.state != HELD:
+        return 0.0
+    return max(0.0, 1000 * (time.time() - record.paused_s) - record.paused_to_held_ms)

@@ -231,7 +231,11 @@ class Handoffs:
             try:
                 await handoff.create(arrival.create_xml, entrance)
             except BaseException:
-                await asyncio.get_running_loop().run_in_executor(self._disk, self._ledger.remove, record)
+                if handoff.left_behind:
+                    self._handoffs[migration_id, DESTINATION] = handoff
+                    handoff.watch()
+                else:
+                    await asyncio.get_running_loop().run_in_executor(self._disk, self._ledger.remove, record)
                 raise
             self._handoffs[migration_id, DESTINATION] = handoff
             self._announce(handoff)

@@ -49,6 +49,7 @@ class Record:
     paused_s: float = 0.0
     paused_to_held_ms: float = 0.0
     qemu_downtime_ms: int = 0
+    paused_to_resumed_ms: float = 0.0
 
     listen_uri: str = ""
     """Destination: empty until its domain listens; a record without one is of an agent that died before that."""

@@ -86,7 +86,8 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
             if message.state in FINAL_STATES:
                 return
             with suppress(TimeoutError):
-                await asyncio.wait_for(change.wait(), PROGRESS_INTERVAL_S)
+                async with asyncio.timeout(PROGRESS_INTERVAL_S):
+                    await change.wait()
 
     async def PrepareSource(  # noqa: N802
         self, request: pb.PrepareSourceRequest, context: "Context[pb.PrepareSourceRequest, pb.PrepareSourceResponse]"

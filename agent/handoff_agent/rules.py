@@ -89,7 +89,8 @@ _SOURCE: Final[_Table] = {
 _DESTINATION: Final[_Table] = {
     Call.PREPARE: _row(proceed=(None,), already=(PREPARED, ACTIVE, FINALIZED, FAILED)),
     Call.ACTIVATE: _row(proceed=(PREPARED,), already=(ACTIVE, FINALIZED, FAILED)),
-    Call.FINALIZE: _row(proceed=(ACTIVE,), already=(FINALIZED,)),
+    # A guest that ended right after the commit belongs here all the same, and so does its definition.
+    Call.FINALIZE: _row(proceed=(ACTIVE, FAILED), already=(FINALIZED,)),
     Call.ABORT: _row(proceed=(None, PREPARED, FAILED), already=(ABORTED,)),
 }
 _TABLES: Final[Mapping[Role, _Table]] = {SOURCE: _SOURCE, DESTINATION: _DESTINATION}

@@ -89,7 +89,8 @@ class Slot:
     async def wait_connected(self, timeout_s: float) -> bool:
         """Waits for a connection; tells whether there is one."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._up.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._up.wait()
         return self.connected
 
     @contextlib.contextmanager
@@ -112,7 +113,8 @@ class Slot:
             raise UnavailableError(f"slot {self.name}: no connection to libvirtd at {self.uri}; is it running?")
         pool = self._urgent if urgent else self._ordinary
         try:
-            return await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(pool, fn, connection), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.get_running_loop().run_in_executor(pool, fn, connection)
         except TimeoutError:
             raise DeadlineError(f"slot {self.name}: libvirtd did not answer within {timeout_s:g} s") from None
         except libvirt.libvirtError as error:

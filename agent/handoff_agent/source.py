@@ -28,30 +28,34 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Final, Protocol
 
-from handoff.agent.v1 import qemu_pb2 as pb
-from handoff_agent.convergence import (
-    Action,
-    ConvergenceSettings,
-    Sample,
-    decide,
-    expected_downtime_ms,
-    next_look_s,
-)
-from handoff_agent.domains import end_domain, is_active, undefine
+from handoff_agent.breaker import CANCEL_TIMEOUT_S, RETRY_S, Breaker
+from handoff_agent.convergence import Action, ConvergenceSettings, Sample, decide, next_look_s
+from handoff_agent.domains import end_domain, is_active, is_running, run_again, undefine
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
-from handoff_agent.handoff import Handoff, Notify, Save, timestamp
+from handoff_agent.handoff import Changes, Handoff, Notify, Save
 from handoff_agent.ledger import Record
 from handoff_agent.local_sockets import CPR
-from handoff_agent.monitor import MigrationInfo, MigrationStatus, Monitor
+from handoff_agent.meter import Meter, final_progress, progress
+from handoff_agent.monitor import MigrationInfo, MigrationStatus, Monitor, QmpError
 from handoff_agent.outgoing import OutgoingMigration
-from handoff_agent.rules import ABORTED, COPYING_STATES, FAILED, HELD, READY, RELEASED, SWITCHING, TRANSFERRING, Call
+from handoff_agent.rules import (
+    ABORTED,
+    COPYING_STATES,
+    FAILED,
+    HELD,
+    PREPARED,
+    READY,
+    RELEASED,
+    SWITCHING,
+    TRANSFERRING,
+    Call,
+    State,
+)
 from handoff_agent.slots import Slot
 from handoff_agent.stream import Stream
-from handoff_common.errors import DeadlineError, HandoffError, NotFoundError, PreconditionError
+from handoff_common.errors import DeadlineError, HandoffError, UnavailableError
 
 UNORDERED_PAUSE_S: Final = 0.5
-CANCEL_TIMEOUT_S: Final = 5.0
-RESUME_TIMEOUT_S: Final = 10.0
 # After SwitchOver QEMU may first only pause the guest for this share of the allowed time; most guests get by with it.
 FIRST_SHARE_OF_DOWNTIME: Final = 1 / 20
 FULL_LIMIT_AFTER_S: Final = 0.1
@@ -63,11 +67,8 @@ GATED_POLL_S: Final = 0.02
 MOVES_BYTES: Final = 256 << 10
 MOVES_PASSES: Final = 10
 MOVES_AFTER_S: Final = 0.3
-RETRY_S: Final = 0.2
 MAX_SAMPLES: Final = 600
-
-_RUNNING_STATUSES: Final = ("running", "io-error", "watchdog", "guest-panicked", "suspended", "shutdown")
-"""QEMU's run states in which a guest is not waiting for us."""
+ASK_AGAIN_S: Final = 5.0
 
 
 class Receiver(Protocol):
@@ -92,30 +93,24 @@ class SourceHandoff(Handoff):
         self._receiver = receiver
         self._monitor = Monitor(slot, record.domain_uuid)
         self._migration = OutgoingMigration(self._monitor, record.bandwidth_bytes_per_s)
-        self._stream: Stream | None = None
+        self._breaker = Breaker(self._migration, self.log)
+        self._meter = Meter()
+        self._samples: list[Sample] = []
         self._events: Subscription | None = None
         self._job: asyncio.Task[None] | None = None
-        self._rescue: asyncio.Task[None] | None = None
-        self._deadline: asyncio.TimerHandle | None = None
-        self._samples: list[Sample] = []
-        self._pass = 0
-        self._pass_began = 0.0
-        self._previous_pass_s = 0.0
-        self._dirty_bytes_per_s = 0.0
-        self._rate_bytes_per_s = 0.0
         self._next_look_s = 0.0
         self._held_back = False
+        self._held_at: MigrationInfo | None = None
         self._ordered_at = 0.0
         self._allowed_ms = 0
         self._stop_sent = False
-        self._held_at: MigrationInfo | None = None
-        self._paused = False
         self._stopped_s = 0.0
+        self._pause_over = (0.0, 0.0)
+        self._paused = False
         self._continued = False
         self._accepted_s = 0.0
         self._over = False
         self._aborting = False
-        self._cut_reason = ""
 
     # The leader's calls. Each holds the lock, and is repeatable.
 
@@ -133,6 +128,7 @@ class SourceHandoff(Handoff):
                 started_s=time.time(),
             )
             self._migration = OutgoingMigration(self._monitor, bandwidth)
+            self._breaker = Breaker(self._migration, self.log)
             begun = asyncio.Event()
             self._own(self._transfer(uri, begun))
             await begun.wait()
@@ -163,9 +159,10 @@ class SourceHandoff(Handoff):
                 return
             await self._end_transfer()
             was_held = self.state == HELD
-            if await self._run_again() or not was_held:
+            if await self._is_back() or not was_held:
+                changes = self._ended(ABORTED, reason)
                 await self._tidy()
-                await self.change(state=ABORTED, message=reason)
+                await self.change(**changes)
             else:
                 await self.change(state=FAILED, message="the held copy is gone: its QEMU ended at the source")
 
@@ -178,11 +175,10 @@ class SourceHandoff(Handoff):
 
     async def detach(self) -> None:
         """Ends the agent's work on it, for the agent's own end. QEMU goes on as it is."""
-        self._disarm()
-        for task in (self._job, self._rescue):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        if self._job is not None:
+            self._job.cancel()
+            await asyncio.gather(self._job, return_exceptions=True)
+        await self._breaker.close()
 
     # The transfer, from its beginning to HELD or FAILED.
 
@@ -195,8 +191,8 @@ class SourceHandoff(Handoff):
                 if self.record.passes_on:
                     await self._migration.pass_on(uri.removeprefix(CPR))
                 else:
-                    self._stream = await Stream.connect(uri)
-                    await self._migration.begin(self._stream.fileno())
+                    stream = self._breaker.stream = await Stream.connect(uri)
+                    await self._migration.begin(stream.fileno())
             except HandoffError as error:
                 await self._fail(f"the transfer could not begin: {error.message}")
                 return
@@ -206,7 +202,34 @@ class SourceHandoff(Handoff):
 
     async def _rejoin(self) -> None:
         with self._slot.events(self.record.domain_uuid) as events:
+            if self.state == TRANSFERRING:
+                # Until this is known, the leader's repeated order waits for the lock.
+                async with self.lock:
+                    if await self._never_began():
+                        await self.change(state=PREPARED)
+                        return
+            elif self.state == SWITCHING:
+                await self._find_pause()
             await self._drive(events)
+
+    async def _find_pause(self) -> None:
+        """A guest that was paused for the switch has its deadline from now on."""
+        with contextlib.suppress(HandoffError):
+            if self.record.was_running and not await is_running(self._monitor):
+                self._stop_sent, self._stopped_s = True, time.time()
+                self._arm(self.record.switch_deadline_s)
+
+    async def _never_began(self) -> bool:
+        """Whether the agent died between its own record and QEMU's `migrate`."""
+        while True:
+            try:
+                # COMPLETED is of the handoff that the guest came here by: ours needs an order before it can end.
+                return (await self._migration.query()).status in (MigrationStatus.NONE, MigrationStatus.COMPLETED)
+            except (UnavailableError, DeadlineError):
+                await self._slot.wait_connected(ASK_AGAIN_S)
+                await asyncio.sleep(RETRY_S)
+            except HandoffError:
+                return False
 
     async def _drive(self, events: Subscription) -> None:
         self._events = events
@@ -233,6 +256,9 @@ class SourceHandoff(Handoff):
                 if self.record.passes_on and not self._over:
                     self._paused = True
                     self._arm(self.record.switch_deadline_s)
+            case MonitorEvent(event="RESUME"):
+                self._pause_over = (self._stopped_s, event.time_s)
+                self._stopped_s = 0.0
             case MonitorEvent(event="MIGRATION"):
                 await self._act(MigrationStatus.parse(str(event.data.get("status"))))
             case LifecycleEvent(kind="stopped" | "crashed"):
@@ -241,7 +267,7 @@ class SourceHandoff(Handoff):
     async def _look(self) -> None:
         info = await self._migration.query()
         completed = info.status is MigrationStatus.COMPLETED
-        if completed and await self._monitor.query_status(urgent=True) in _RUNNING_STATUSES:
+        if completed and await is_running(self._monitor):
             # Of an earlier handoff, after which the guest ran on: this one never began.
             await self._on_broken()
         else:
@@ -266,7 +292,7 @@ class SourceHandoff(Handoff):
         try:
             started = await self._receiver().is_started()
         except HandoffError as error:
-            self._cut(f"the new QEMU did not start: {error.message}")
+            self._breaker.break_off(f"the new QEMU did not start: {error.message}")
             return
         if started:
             await self.change(state=READY)
@@ -281,13 +307,11 @@ class SourceHandoff(Handoff):
                 await self._on_broken()
 
     async def _judge(self, info: MigrationInfo) -> None:
-        sample = self._sample(info)
+        sample = self._meter.sample(info, full_speed=not self._held_back and not self._ordered_at)
         settings = ConvergenceSettings(self.record.downtime_limit_ms)
         self._samples = [*self._samples[-MAX_SAMPLES:], sample]
         decision = decide(self._samples, settings)
-        if not self._held_back and not self._ordered_at:
-            self._rate_bytes_per_s = sample.rate_bytes_per_s
-        self.progress = _progress(info, sample, decision.reason)
+        self.progress = progress(info, sample, decision.reason)
         if self._ordered_at:
             self._next_look_s = ORDERED_POLL_S
             await self._stop_if_little_is_left(info)
@@ -296,7 +320,6 @@ class SourceHandoff(Handoff):
             if not self._held_back:
                 await self._migration.hold()
                 self._held_back = True
-            self._held_at = info
             if self.state == TRANSFERRING:
                 await self.change(state=READY)
         else:
@@ -304,30 +327,9 @@ class SourceHandoff(Handoff):
             self._next_look_s = max(next_look_s(sample, settings), shortest_s)
             if self._held_back:
                 await self._migration.go_on()
-                self._held_back, self._held_at = False, None
+                self._held_back = False
             if self.state == READY:
                 await self.change(state=TRANSFERRING)
-
-    def _sample(self, info: MigrationInfo) -> Sample:
-        now = time.monotonic()
-        if info.iterations != self._pass:
-            self._previous_pass_s = now - self._pass_began
-            self._pass, self._pass_began = info.iterations, now
-            if info.iterations > 1:
-                self._dirty_bytes_per_s = info.ram_remaining_bytes / max(self._previous_pass_s, 0.001)
-        # While the copy is held back QEMU's throughput is that of the holding.
-        throughput = int(self._rate_bytes_per_s) if self._held_back else info.throughput_bytes_per_s
-        return Sample(
-            elapsed_s=info.total_ms / 1000,
-            pass_elapsed_s=now - self._pass_began,
-            ram_total_bytes=info.ram_total_bytes,
-            ram_transferred_bytes=info.ram_transferred_bytes,
-            ram_remaining_bytes=info.ram_remaining_bytes,
-            throughput_bytes_per_s=throughput,
-            dirty_bytes_per_s=info.dirty_bytes_per_s or int(self._dirty_bytes_per_s),
-            iterations=info.iterations,
-            cpu_throttle_percent=info.cpu_throttle_percent,
-        )
 
     # The switch.
 
@@ -341,7 +343,7 @@ class SourceHandoff(Handoff):
             try:
                 await self._receiver().accept()
             except HandoffError as error:
-                self._cut(f"the new QEMU does not take the guest: {error.message}")
+                self._breaker.break_off(f"the new QEMU does not take the guest: {error.message}")
             return
         try:
             if self._paused:
@@ -349,6 +351,8 @@ class SourceHandoff(Handoff):
                 self._continued = True
                 await self._migration.switch()
             elif not self._allowed_ms:
+                if self._held_back:
+                    self._held_at = await self._migration.query()
                 await self._allow(max(1, int(self.record.downtime_limit_ms * FIRST_SHARE_OF_DOWNTIME)))
             elif (
                 self._allowed_ms < self.record.downtime_limit_ms
@@ -371,15 +375,20 @@ class SourceHandoff(Handoff):
             or info.iterations > self._held_at.iterations + MOVES_PASSES
             or time.monotonic() - self._ordered_at > MOVES_AFTER_S
         )
-        left_ms = 1000 * info.ram_remaining_bytes / max(self._rate_bytes_per_s, 1.0)
+        left_ms = 1000 * info.ram_remaining_bytes / max(self._meter.rate_bytes_per_s, 1.0)
         if moves and left_ms <= self._allowed_ms:
             self._stop_sent = True
             self._stopped_s = time.time()
             self._arm(self.record.switch_deadline_s)
-            await self._migration.stop()
+            try:
+                await self._migration.stop()
+            except QmpError:
+                self._stop_sent, self._stopped_s = False, 0.0
+                self._breaker.disarm()
+                raise
 
     async def _allow(self, downtime_ms: int) -> None:
-        await self._migration.allow_pause(downtime_ms, self._rate_bytes_per_s)
+        await self._migration.allow_pause(downtime_ms, self._meter.rate_bytes_per_s)
         self._allowed_ms = downtime_ms
 
     async def _on_pause(self) -> None:
@@ -395,69 +404,54 @@ class SourceHandoff(Handoff):
 
     async def _on_completed(self) -> None:
         self._over = True
-        self._disarm()
+        self._breaker.disarm()
         held_s = time.time()
         # QEMU may have passed the guest on before its STOP is heard; it was not paused before this.
         paused_s = self._stopped_s or self._accepted_s or held_s
         await self.change(
             state=HELD, message="", paused_s=paused_s, paused_to_held_ms=max(0.0, 1000 * (held_s - paused_s))
         )
-        self._close_stream()
+        await self._breaker.close()
         with contextlib.suppress(HandoffError):
             info = await self._migration.query()
-            self.progress = self.progress or _final_progress(info)
+            self.progress = final_progress(self.progress, info)
             await self.change(qemu_downtime_ms=info.downtime_ms)
 
     async def _on_broken(self) -> None:
         self._over = True
-        self._disarm()
+        self._breaker.disarm()
         if self._aborting:
             return
-        reason = self._cut_reason
+        reason = self._breaker.reason
         if not reason:
             with contextlib.suppress(HandoffError):
                 reason = (await self._migration.query()).error_desc
         await self._fail(f"the transfer broke: {reason or 'QEMU gives no reason'}")
 
     def _arm(self, limit_s: float) -> None:
-        """Breaks the stream `limit_s` after the pause. A guest that its user had paused loses nothing by waiting."""
-        self._disarm()
+        """A guest that its user had paused loses nothing by waiting."""
         if self.record.was_running:
-            left_s = max(0.0, limit_s - (time.time() - self._stopped_s))
-            reason = f"the guest was paused for more than {limit_s:g} s"
-            self._deadline = asyncio.get_running_loop().call_later(left_s, self._cut, reason)
-
-    def _disarm(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _cut(self, reason: str) -> None:
-        """Gets the guest running again, whatever QEMU is blocked in."""
-        self._cut_reason = reason
-        self.log.warning("stream cut", reason=reason)
-        if self._stream is not None:
-            self._stream.cut()
-        # QEMU does not notice while it waits in pre-switchover.
-        self._rescue = asyncio.create_task(self._cancel_migration())
-
-    async def _cancel_migration(self) -> None:
-        while not self._over:
-            with contextlib.suppress(HandoffError):
-                await self._migration.cancel(CANCEL_TIMEOUT_S)
-                return
-            await asyncio.sleep(RETRY_S)
+            self._breaker.arm(self._stopped_s, limit_s)
 
     async def _fail(self, message: str) -> None:
+        """FAILED means that the guest runs here: it is said once that is known."""
         self._over = True
-        self._disarm()
-        self._close_stream()
-        try:
-            await self._run_again()
-            await self._tidy()
-        except HandoffError as error:
-            message = f"{message}; {error.message}"
-        await self.change(state=FAILED, message=message)
+        self._breaker.cut()
+        await self._breaker.close()
+        while True:
+            try:
+                await self._is_back()
+            except (DeadlineError, UnavailableError) as error:
+                self.log.warning("can't see whether the guest runs", error=error.message)
+                await self._slot.wait_connected(ASK_AGAIN_S)
+                await asyncio.sleep(RETRY_S)
+                continue
+            except HandoffError as error:
+                message = f"{message}; {error.message}"
+            break
+        changes = self._ended(FAILED, message)
+        await self._tidy()
+        await self.change(**changes)
 
     # Getting back.
 
@@ -466,79 +460,44 @@ class SourceHandoff(Handoff):
         if self._job is None or self._job.done():
             return
         self._aborting = True
-        with contextlib.suppress(HandoffError):
-            await self._migration.cancel(CANCEL_TIMEOUT_S)
-        done, _ = await asyncio.wait({self._job}, timeout=CANCEL_TIMEOUT_S)
-        if not done and self._stream is not None:
-            self._stream.cut()
-        done, _ = await asyncio.wait({self._job}, timeout=CANCEL_TIMEOUT_S)
-        self._aborting = False
+        try:
+            with contextlib.suppress(HandoffError):
+                await self._migration.cancel(CANCEL_TIMEOUT_S)
+            done, _ = await asyncio.wait({self._job}, timeout=CANCEL_TIMEOUT_S)
+            if not done:
+                self._breaker.cut()
+                done, _ = await asyncio.wait({self._job}, timeout=CANCEL_TIMEOUT_S)
+        finally:
+            self._aborting = False
         if not done:
             raise DeadlineError(
                 f"guest {self.record.domain_name}: its QEMU does not give the migration up; look at it with"
-                f" virsh domstate, and try again"
+                " virsh domstate, and try again"
             )
-        self._close_stream()
 
-    async def _run_again(self) -> bool:
-        """Makes sure that the guest runs, if it ran before; tells whether it is still here.
+    async def _is_back(self) -> bool:
+        """Makes sure that the guest runs if it ran before; tells whether it is still here. Raises as run_again does."""
+        uuid = self.record.domain_uuid
+        return await (run_again(self._slot, uuid) if self.record.was_running else is_active(self._slot, uuid))
 
-        Raises DeadlineError when QEMU doesn't run it within 10 s, and as Slot.call does.
-        """
-        deadline = time.monotonic() + RESUME_TIMEOUT_S
-        with self._slot.events(self.record.domain_uuid) as events:
-            while await is_active(self._slot, self.record.domain_uuid):
-                if not self.record.was_running or await self._monitor.query_status(urgent=True) in _RUNNING_STATUSES:
-                    return True
-                if time.monotonic() > deadline:
-                    raise DeadlineError(
-                        f"guest {self.record.domain_name} is paused at the source and does not resume; try virsh resume"
-                    )
-                # "already running" when QEMU was faster; libvirt's refusal of a moment passes.
-                with contextlib.suppress(PreconditionError, NotFoundError):
-                    await self._slot.on_domain(self.record.domain_uuid, lambda domain: domain.resume(), urgent=True)
-                await events.next_within(RETRY_S)
-        return False
+    def _ended(self, state: State, message: str) -> Changes:
+        """The end of a handoff after which the guest runs here, with the pause that has just ended, if any."""
+        changes = Changes(state=state, message=message)
+        paused_s, resumed_s = self._stopped_s or self.record.paused_s, time.time()
+        if not paused_s:
+            paused_s, resumed_s = self._pause_over
+        if self.record.was_running and paused_s and not self.record.paused_to_resumed_ms:
+            changes["paused_s"] = paused_s
+            changes["paused_to_resumed_ms"] = max(0.0, 1000 * (resumed_s - paused_s))
+        return changes
 
     async def _tidy(self) -> None:
         """Gives back what the handoff changed; what can't be given back is logged, for it does not harm the guest."""
-        self._close_stream()
+        await self._breaker.close()
         try:
-            if self.record.started_s:
-                await self._migration.tidy()
             if self.record.autostart:
                 await self._slot.on_domain(self.record.domain_uuid, lambda domain: domain.setAutostart(1))
+            if self.record.started_s and await is_active(self._slot, self.record.domain_uuid):
+                await self._migration.tidy()
         except HandoffError as error:
             self.log.warning("could not tidy up", error=error.message)
-
-    def _close_stream(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-
-
-def _progress(info: MigrationInfo, sample: Sample, reason: str) -> pb.TransferProgress:
-    return pb.TransferProgress(
-        time=timestamp(time.time()),
-        ram_total_bytes=info.ram_total_bytes,
-        ram_transferred_bytes=info.ram_transferred_bytes,
-        ram_remaining_bytes=info.ram_remaining_bytes,
-        throughput_bytes_per_s=info.throughput_bytes_per_s or int(sample.rate_bytes_per_s),
-        dirty_bytes_per_s=sample.dirty_bytes_per_s,
-        iterations=info.iterations,
-        cpu_throttle_percent=info.cpu_throttle_percent,
-        expected_downtime_ms=int(expected_downtime_ms(sample) or 0),
-        elapsed_ms=info.total_ms,
-        decision=reason,
-    )
-
-
-def _final_progress(info: MigrationInfo) -> pb.TransferProgress:
-    """What there is to tell when nothing was copied in passes."""
-    return pb.TransferProgress(
-        time=timestamp(time.time()),
-        ram_total_bytes=info.ram_total_bytes,
-        ram_transferred_bytes=info.ram_transferred_bytes,
-        iterations=info.iterations,
-        elapsed_ms=info.total_ms,
-    )

@@ -117,7 +117,8 @@ class Survey:
     async def _missing(self, paths: Sequence[str]) -> frozenset[str]:
         look = asyncio.get_running_loop().run_in_executor(self._paths, _missing_of, paths)
         try:
-            return await asyncio.wait_for(look, PATHS_TIMEOUT_S)
+            async with asyncio.timeout(PATHS_TIMEOUT_S):
+                return await look
         except TimeoutError:
             raise DeadlineError(
                 f"host {self._settings.name}: the storage below {', '.join(paths)} did not answer within"

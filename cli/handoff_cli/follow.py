@@ -16,7 +16,7 @@ from handoff_cli.client import Controllers
 from handoff_cli.exits import Exit
 from handoff_cli.options import Output
 from handoff_cli.output import stderr, stdout, to_json
-from handoff_cli.render.migrations import aborted_sentence, done_sentence
+from handoff_cli.render.migrations import aborted_sentence, done_sentence, lost_sentence
 from handoff_cli.render.progress import change_line, has_progress, live_view, progress_line
 from handoff_cli.run import say_error, say_warning
 from handoff_cli.states import DONE
@@ -116,6 +116,9 @@ def print_result(migration: Migration, output: Output) -> Exit:
         say_warning(warning)
     if migration.state != DONE:
         say_error(aborted_sentence(migration))
+        return Exit.ABORTED
+    if migration.error:
+        say_error(lost_sentence(migration))
         return Exit.ABORTED
     if output == "table":
         stdout().print(done_sentence(migration))

@@ -209,7 +209,8 @@ class GrpcAgent:
         responses = aiter(call)
         try:
             while True:
-                response = await asyncio.wait_for(anext(responses), WATCH_SILENCE_S)
+                async with asyncio.timeout(WATCH_SILENCE_S):
+                    response = await anext(responses)
                 yield response.handoff
         except StopAsyncIteration:
             return

@@ -6,7 +6,7 @@ after it there is only forward, and what goes wrong becomes a warning.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -191,9 +191,7 @@ class Driver:
         }
         try:
             if phase.concurrent:
-                async with asyncio.TaskGroup() as group:
-                    for step in phase.steps:
-                        group.create_task(_coroutine(actions[step]))
+                await _together([actions[step] for step in phase.steps])
                 return Work(Event.COMPLETED)
             for step in phase.steps:
                 event = await actions[step]()
@@ -241,18 +239,24 @@ class Driver:
         )
 
     async def _prepare_destination(self) -> None:
-        handoff = await self._insist(
-            lambda: self._destination.prepare_destination(
-                self._fence,
-                self.migration.id,
-                self._guest,
-                self.migration.destination.slot,
-                method=self.migration.method,
-                emulator=self.migration.release,
-            ),
-            PATIENCE_S[State.PREPARING],
-        )
+        handoff = await self._insist(self._listening, PATIENCE_S[State.PREPARING])
+        if handoff.state == HandoffState.HANDOFF_STATE_FAILED:
+            raise StepFailed(f"{self.migration.destination.host}: {handoff.message}")
         self.migration.listen_uri = handoff.listen_uri
+
+    async def _listening(self) -> Handoff:
+        """PrepareDestination. An agent that was restarted in the middle of it has first to undo what it began."""
+        handoff = await self._destination.prepare_destination(
+            self._fence,
+            self.migration.id,
+            self._guest,
+            self.migration.destination.slot,
+            method=self.migration.method,
+            emulator=self.migration.release,
+        )
+        if handoff.state == HandoffState.HANDOFF_STATE_PREPARED and not handoff.listen_uri:
+            raise UnavailableError(f"{self.migration.destination.host}: the incoming domain is not ready yet")
+        return handoff
 
     async def _start_transfer(self) -> None:
         options = self.migration.options
@@ -286,7 +290,8 @@ class Driver:
 
     async def _await_held(self) -> None:
         handoff = await self._watch_source(frozenset({HandoffState.HANDOFF_STATE_HELD}), PATIENCE_S[State.SWITCHING])
-        self._held_at = asyncio.get_running_loop().time()
+        # Another leader, or a watch that was lost, may have missed the moment itself.
+        self._held_at = asyncio.get_running_loop().time() - handoff.switch_timings.held_for_ms / 1000
         outcome = self.migration.outcome
         outcome.paused_time.CopyFrom(handoff.switch_timings.paused_time)
         outcome.paused_to_held_ms = handoff.switch_timings.paused_to_held_ms
@@ -334,7 +339,11 @@ class Driver:
             self._note_running(handoff)
             return None
         if not handoff.never_ran:
-            self._warn(f"{self.migration.destination.host}: {handoff.message}")
+            # It may have run, and written to its disks: the held copy is of the past.
+            self.migration.error = (
+                f"{self.migration.guest_name} was moved to {self.migration.destination.host} and does not run there: "
+                f"{handoff.message}. Start it there"
+            )
             return None
         why = handoff.message or "the destination's copy is gone"
         undone = await self._persist(
@@ -388,10 +397,11 @@ class Driver:
             "release", self.migration.source.host, lambda: self._source.release_source(self._fence, self.migration.id)
         )
         if released is not None:
-            # QEMU was not asked for these while the guest was paused.
+            # QEMU's final figures come after "held", when nobody waits for them.
             outcome = self.migration.outcome
             outcome.qemu_downtime_ms = released.switch_timings.qemu_downtime_ms or outcome.qemu_downtime_ms
             outcome.ram_bytes = max(outcome.ram_bytes, released.progress.ram_transferred_bytes)
+            outcome.iterations = max(outcome.iterations, released.progress.iterations)
 
     async def _finalize_destination(self) -> None:
         await self._try(
@@ -418,6 +428,9 @@ class Driver:
                 )
             except StepFailed as failure:
                 self._log.error("the source does not confirm the abort", error=str(failure))
+                async with self._lock:
+                    self._warn(f"{self.migration.source.host} does not confirm the abort, which goes on: {failure}")
+                    self.migration = await self._records.save(self.migration)
                 continue
             outcome = self.migration.outcome
             outcome.downtime_ms = handoff.switch_timings.paused_to_resumed_ms
@@ -459,6 +472,17 @@ def _cancelled(state: State) -> Work:
 
 async def _coroutine(action: Callable[[], Awaitable[Event | None]]) -> None:
     await action()
+
+
+async def _together(actions: Sequence[Callable[[], Awaitable[Event | None]]]) -> None:
+    """Runs all at once. Raises the first failure as it is, not a group of them, after the others were cancelled."""
+    tasks = [asyncio.create_task(_coroutine(action)) for action in actions]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 async def _owned(task: asyncio.Task[Work]) -> Work:

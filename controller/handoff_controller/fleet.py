@@ -1,6 +1,7 @@
 """Keeps the records of hosts and guests true: the leader looks at every agent, at each event and every few seconds."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -87,11 +88,10 @@ class Fleet:
                     await self.look(agent.name)
                 except (ConflictError, UnavailableError, DeadlineError) as error:
                     log.warning("a look at a host was not recorded", host=agent.name, error=error.message)
-                try:
-                    await asyncio.wait_for(changed.wait(), LOOK_EVERY_S)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_EVERY_S):
+                        await changed.wait()
                     await asyncio.sleep(SETTLE_EVENTS_S)
-                except TimeoutError:
-                    pass
         finally:
             listener.cancel()
             await asyncio.wait({listener})

@@ -34,7 +34,7 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)
 # QEMU's own bounds: below a page or two a second nothing converges; it refuses a downtime above 2000 s.
 LEAST_BANDWIDTH_BYTES_PER_S = 1 << 20
 LONGEST_DOWNTIME_MS = 2_000_000
-REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 
 
 def with_defaults(options: MigrationOptions) -> MigrationOptions:
@@ -74,7 +74,7 @@ def new_migration_id(now: datetime) -> str:
 def check_names(request: CreateMigrationRequest | CreateUpgradeRequest) -> None:
     """Raises InvalidArgumentError for an id that can't be one, or without a guest. Pure."""
     if request.request_id and not REQUEST_ID.fullmatch(request.request_id):
-        raise InvalidArgumentError("request_id: letters, digits and dashes, at most 64")
+        raise InvalidArgumentError("request_id: letters, digits and dashes, at most 64, not a dash first")
     if not request.guest:
         raise InvalidArgumentError("no guest given; `handoff guests` lists them")
 

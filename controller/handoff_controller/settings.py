@@ -31,7 +31,7 @@ class ControllerSettings(Settings):
 
     name: str = Field(default_factory=lambda: os.uname().nodename, description="this replica's name")
     listen: tuple[str, ...] = Field(
-        default=("0.0.0.0:7700", "unix:/run/handoff/controller.sock"),
+        default=("0.0.0.0:7700", "unix:/run/handoff-controller/controller.sock"),
         min_length=1,
         description='gRPC addresses: "host:port" or "unix:/path"',
     )

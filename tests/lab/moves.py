@@ -122,6 +122,14 @@ class Moves:
                 assert state_of(migration) not in FINAL, f"not {state.name} but {story(migration)}"
         raise AssertionError(f"the watch ended before {state.name}")
 
+    async def copies(self, migration_id: str) -> Migration:
+        """Waits until memory is on its way."""
+        async with aclosing(self.watch(migration_id)) as updates:
+            async for migration in updates:
+                if migration.progress.ram_transferred_bytes:
+                    return migration
+        raise AssertionError("the watch ended before the copy began")
+
     async def ends(self, migration_id: str, controller: str | None = None) -> Migration:
         """Waits for the final state."""
         async with aclosing(self.watch(migration_id, controller)) as updates:
@@ -241,3 +249,12 @@ async def unsettled(fleet: Fleet, host: str) -> list[str]:
     async with open_channel(f"unix:{fleet.lab.agent_socket(host)}") as channel:
         answer = await QemuServiceStub(channel).ListHandoffs(ListHandoffsRequest(), timeout=CALL_S)
     return [f"{one.migration_id} {HandoffState.Name(one.state)}" for one in answer.handoffs if one.state not in SETTLED]
+
+
+def qemu_on(fleet: Fleet, host: str, guest: str) -> int:
+    """The pid of the guest's QEMU on one host: during a move there are two."""
+    where = fleet.host(host)
+    inner = int((where.directory / f"run/handoff/slots/a/qemu/{guest}.pid").read_text())
+    pid = where.node.find(inner)
+    assert pid is not None
+    return pid

@@ -17,13 +17,13 @@ from handoff_cli.states import is_final
 from handoff_cli.units import now
 from handoff_common.errors import DeadlineError
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 
 
 def checked_id(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Callback of --request-id: what no id can be is a usage error."""
     if value is not None and not REQUEST_ID.fullmatch(value):
-        raise click.BadParameter("letters, digits and dashes, at most 64", ctx, param)
+        raise click.BadParameter("letters, digits and dashes, at most 64, not a dash first", ctx, param)
     return value
 
 

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind, Outcome
 from handoff_cli.render.parts import migration_state_text, moment, route, table
-from handoff_cli.states import ABORTED, DONE
+from handoff_cli.states import ABORTED
 from handoff_cli.units import format_age, format_bytes, format_duration, format_ms
 
 
@@ -98,6 +98,6 @@ def aborted_sentence(migration: Migration) -> str:
     )
 
 
-def outcome_is_good(migration: Migration) -> bool:
-    """Whether the guest runs where it was asked to."""
-    return migration.state == DONE
+def lost_sentence(migration: Migration) -> str:
+    """What is to be done for a guest that ended as it was resumed at the destination."""
+    return f"migration {migration.id}: {migration.error.rstrip('.')}. Details: `handoff show {migration.id}`"

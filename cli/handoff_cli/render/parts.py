@@ -41,6 +41,8 @@ def state_text(name: str) -> Text:
 def migration_state_text(migration: Migration) -> Text:
     """The migration's state, marked where something is worth a look."""
     name = migration_state(migration.state)
+    if name == "DONE" and migration.error:
+        return Text("DONE, does not run", style="bold red")
     if name == "DONE" and migration.warnings:
         return Text("DONE, warnings", style="yellow")
     if migration.cancel_requested and name not in ("ABORTING", "ABORTED", "DONE"):

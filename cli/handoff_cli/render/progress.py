@@ -38,7 +38,8 @@ def guest_facts(progress: TransferProgress) -> Iterator[str]:
         yield f"guest dirties {format_rate(progress.dirty_bytes_per_s)}"
     if progress.cpu_throttle_percent:
         yield f"CPUs throttled {progress.cpu_throttle_percent} %"
-    if progress.expected_downtime_ms:
+    # In the first pass nearly all memory is still to be sent, which says nothing of the pause to come.
+    if progress.expected_downtime_ms and progress.iterations > 1:
         yield f"pause if switched now {format_ms(progress.expected_downtime_ms)}"
 
 

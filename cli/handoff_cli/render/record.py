@@ -11,7 +11,7 @@ from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind, Migra
 from handoff_cli.render.migrations import lasted_s
 from handoff_cli.render.parts import migration_state_text, moment, place, state_text, table
 from handoff_cli.render.progress import progress_facts
-from handoff_cli.states import is_final, migration_state
+from handoff_cli.states import DONE, is_final, migration_state
 from handoff_cli.units import (
     format_age,
     format_bytes,
@@ -32,7 +32,8 @@ def record(migration: Migration, now: datetime) -> RenderableType:
     for warning in migration.warnings:
         parts += [Text(), Text.assemble(("warning: ", "bold yellow"), warning)]
     if migration.error:
-        parts += [Text(), Text.assemble(("undone because: ", "bold red"), migration.error)]
+        label = "error: " if migration.state == DONE else "undone because: "
+        parts += [Text(), Text.assemble((label, "bold red"), migration.error)]
     return Group(*parts)
 
 

@@ -117,10 +117,12 @@ async def _responses(client: EtcdClient, key: str, start_revision: int) -> Async
     )
     asking: asyncio.Task[None] | None = None
     try:
-        await asyncio.wait_for(call.write(rpc_pb2.WatchRequest(create_request=create)), SILENCE_S)
+        async with asyncio.timeout(SILENCE_S):
+            await call.write(rpc_pb2.WatchRequest(create_request=create))
         asking = asyncio.create_task(_ask_for_progress(call))
         while True:
-            response = await asyncio.wait_for(call.read(), SILENCE_S)
+            async with asyncio.timeout(SILENCE_S):
+                response = await call.read()
             if not isinstance(response, rpc_pb2.WatchResponse):
                 return
             yield response

@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import os
+import signal
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from handoff_agent.convergence import ConvergenceSettings
 from handoff_agent.departure import Departures
 from handoff_agent.destination import Listener
 from handoff_agent.emulators import Emulators
+from handoff_agent.events import ConnectionEvent
 from handoff_agent.handoff_changes import HandoffChanges
 from handoff_agent.handoffs import Handoffs
 from handoff_agent.inventory import Inventory
@@ -43,7 +45,14 @@ from handoff_agent.rules import (
 from handoff_agent.settings import AgentSettings, EmulatorSettings, SlotSettings
 from handoff_agent.slots import Hypervisor, Slot
 from handoff_agent.survey import Survey
-from handoff_common.errors import InvalidArgumentError, NotFoundError, PreconditionError, StaleTermError
+from handoff_common.errors import (
+    DeadlineError,
+    InvalidArgumentError,
+    NotFoundError,
+    PreconditionError,
+    StaleTermError,
+    UnavailableError,
+)
 
 QEMU = f"{os.environ.get('HANDOFF_PREFIX', '/opt/handoff')}/qemu-10.0/bin/qemu-system-x86_64"
 MEMORY_MIB = 128
@@ -239,6 +248,46 @@ async def test_a_pause_past_its_deadline_ends_with_the_guest_running_here(move: 
     failed = await move.until(HELD)
     assert failed.state == FAILED
     assert "was paused for more than" in failed.message
+    assert await move.is_running(move.source)
+
+
+@contextlib.contextmanager
+def frozen(host: Host) -> Iterator[None]:
+    """The host's libvirtd does not answer; its QEMUs go on."""
+    pid_file = host.slot.uri.partition("socket=")[2].replace("libvirt-sock", "libvirtd.pid")
+    (pid,) = (
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if (folder / "cmdline").read_bytes().split(b"\0")[:3] == [b"libvirtd", b"-p", pid_file.encode()]
+    )
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+async def test_what_is_not_known_is_not_called_failed(move: Move) -> None:
+    await move.advance(HELD)
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    with frozen(move.target):
+        with pytest.raises((DeadlineError, UnavailableError)):
+            await destination.activate()
+        assert destination.state == PREPARED
+    assert await move.target.slot.wait_connected(20)
+    await destination.activate()
+    assert destination.state == ACTIVE
+    assert await move.is_running(move.target)
+
+
+async def test_a_source_whose_libvirtd_froze_in_the_copy_goes_on(move: Move) -> None:
+    await move.advance(TRANSFERRING)
+    with frozen(move.source), move.source.slot.events() as events:
+        async with asyncio.timeout(20):
+            while not isinstance(await events.next(), ConnectionEvent):
+                pass
+    assert (await move.until(READY)).state == READY
+    await move.abort()
     assert await move.is_running(move.source)
 
 

@@ -38,6 +38,8 @@ class Handoff:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            # A shell's background jobs, of which the test run may be one, ignore SIGINT, and so do their children.
+            preexec_fn=_heed_sigint,
         )
 
     async def __call__(self, *arguments: str) -> Ended:
@@ -98,3 +100,7 @@ def nobody() -> str:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     return f"127.0.0.1:{port}"
+
+
+def _heed_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

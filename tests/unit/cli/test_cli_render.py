@@ -86,6 +86,14 @@ def test_the_record_of_one_under_way_says_so_far_and_has_the_last_reading() -> N
     assert "throttle to 20 %" in shown
 
 
+def test_a_guest_that_ended_as_it_was_resumed_is_not_called_moved_nor_undone() -> None:
+    lost = a_migration(error="web-1 was moved to h2 and does not run there")
+    shown = text(record(lost, NOW))
+    assert "DONE, does not run" in shown
+    assert "error: web-1 was moved" in shown
+    assert "undone" not in shown
+
+
 def test_the_record_has_reasons_error_and_warnings() -> None:
     shown = text(record(a_migration(UNDONE, warnings=["the copy on h2 has not been removed"]), NOW))
     assert "cancelled by the operator while COPYING" in shown

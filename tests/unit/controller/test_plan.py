@@ -89,6 +89,8 @@ async def test_the_plan(store: Store) -> None:
         (request(host=""), InvalidArgumentError, "no destination host given"),
         (request(request_id="a b"), InvalidArgumentError, "letters, digits and dashes"),
         (request(request_id="x" * 65), InvalidArgumentError, "at most 64"),
+        # Agents take no such id: not even the abort would get through.
+        (request(request_id="-x"), InvalidArgumentError, "not a dash first"),
         (request(guest="nobody"), NotFoundError, "no guest 'nobody'"),
         (request(host="nowhere"), NotFoundError, "no host 'nowhere'"),
         (request(host="h1"), InvalidArgumentError, "web is on h1 already"),

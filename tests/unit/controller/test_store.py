@@ -216,7 +216,7 @@ async def test_a_watch_merges_progress_and_ends_with_the_migration(store: Store)
     await until(lambda: (State.COPYING, 5) in seen, 5, 0.01)
     assert (await store.migration("m1")).progress.elapsed_ms == 5
     await through(store, copying, State.ABORTING, State.ABORTED)
-    await asyncio.wait_for(watching, 5)
+    await asyncio.wait_for(watching, 10)
 
     assert seen[0] == (State.PLANNED, 0)
     assert [state for state, _ in seen] == sorted((state for state, _ in seen), key=list(State).index)

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import NoReturn
 
 import click
+import grpc.aio
 from rich.text import Text
 
 from handoff_cli.addresses import find_controllers
@@ -54,6 +55,9 @@ def status_of(error: HandoffError) -> Exit:
 
 
 async def _connected(common: Common, work: Callable[[Controllers], Awaitable[Exit]]) -> Exit:
+    # Held for the life of the process: gRPC that shuts down as its last channel closes can abort the process, when its
+    # poller still waits on what is being closed (seen with 1.85 on a busy machine).
+    grpc.aio.init_grpc_aio()
     said: set[str] = set()
 
     def say_once(trouble: str) -> None:

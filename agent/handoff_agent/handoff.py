@@ -117,7 +117,9 @@ class Handoff:
         if record.running_s:
             message.activate_timings.CopyFrom(
                 pb.ActivateTimings(
-                    call_to_running_ms=record.call_to_running_ms, running_time=timestamp(record.running_s)
+                    call_to_running_ms=record.call_to_running_ms,
+                    running_time=timestamp(record.running_s),
+                    running_for_ms=max(0.0, 1000 * (time.time() - record.running_s)),
                 )
             )
         return message

@@ -17,7 +17,7 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from handoff_common.errors import KIND_TRAILER, HandoffError
+from handoff_common.errors import KIND_TRAILER, HandoffError, UnavailableError
 
 log = structlog.get_logger()
 
@@ -110,13 +110,21 @@ class Server:
         reflection.enable_server_reflection(names, self.grpc_server)
 
     async def start(self, addresses: Sequence[str]) -> None:
-        """Binds every address ("host:port" or "unix:/path") and serves. Raises RuntimeError when one can't be bound."""
+        """Binds every address ("host:port" or "unix:/path") and serves.
+
+        Raises UnavailableError when one can't be bound.
+        """
         for address in addresses:
             path = address.removeprefix("unix:")
             if path != address:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
                 _remove_dead_socket(Path(path))
-            self.grpc_server.add_insecure_port(address)
+            try:
+                self.grpc_server.add_insecure_port(address)
+            except RuntimeError:
+                raise UnavailableError(
+                    f"can't listen on {address}: another process has it, or the address is not this host's"
+                ) from None
         await self.grpc_server.start()
         for service in ("", *self._services):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)

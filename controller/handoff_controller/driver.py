@@ -382,7 +382,8 @@ class Driver:
     def _note_running(self, handoff: Handoff) -> None:
         outcome = self.migration.outcome
         if self._committed_at is not None and self._held_at is not None:
-            outcome.committed_to_running_ms = 1000 * (asyncio.get_running_loop().time() - self._committed_at)
+            passed_ms = 1000 * (asyncio.get_running_loop().time() - self._committed_at)
+            outcome.committed_to_running_ms = max(0.0, passed_ms - handoff.activate_timings.running_for_ms)
             outcome.downtime_ms = (
                 outcome.paused_to_held_ms + outcome.held_to_committed_ms + outcome.committed_to_running_ms
             )

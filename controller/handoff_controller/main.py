@@ -85,10 +85,10 @@ def main(path: Path) -> None:
     """Coordinates the migrations of a fleet: one of several replicas, of which one leads."""
     try:
         settings = load_settings(path, ControllerSettings)
+        configure_logs(settings.log_format, settings.log_level)
+        asyncio.run(serve(settings))
     except HandoffError as error:
         sys.exit(f"handoff-controller: {error.message}")
-    configure_logs(settings.log_format, settings.log_level)
-    asyncio.run(serve(settings))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from handoff_lab.probe import GuestControl, TcpSession, UdpProbe
 from handoff_lab.state import GuestRecord, Lab
 
 GUEST = "demo"
-HOME, AWAY, OBSERVER = "h1", "h2", "h3"
+HOME = "h1"
+HOSTS = ("h1", "h2", "h3")
 REPORT = Path("out/demo/report.json")
 # Busy enough that memory and disk are written throughout the move, and light enough for two cores without KVM.
 DIRTY_MIB, DIRTY_MIB_PER_S = 24, 12
@@ -56,7 +57,10 @@ class Demo:
     def __init__(self, fleet: Fleet, guest: GuestRecord) -> None:
         self._fleet = fleet
         self._guest = guest
-        self._observer = fleet.host(OBSERVER).node
+        # An earlier demo, or whoever played on after it, may have left the guest anywhere.
+        self._here = Guests(fleet).running_on(GUEST).name
+        self._there, third = (name for name in HOSTS if name != self._here)
+        self._observer = fleet.host(third).node
         self._environment = {**os.environ, **fleet.environment()}
 
     async def run(self) -> tuple[list[Move], bool]:
@@ -67,13 +71,11 @@ class Demo:
         await control.journal_start(JOURNAL_MIB_PER_S, JOURNAL_SPAN_MIB)
         console.print(
             f"{GUEST} writes {DIRTY_MIB_PER_S} MiB/s of memory and {JOURNAL_MIB_PER_S} MiB/s of disk; "
-            f"{OBSERVER} holds a TCP session to it\n"
+            f"{self._observer.name} holds a TCP session to it\n"
         )
-        here = (await asyncio.to_thread(Guests(self._fleet).running_on, GUEST)).name
-        there = AWAY if here == HOME else HOME
         moves = []
         async with TcpSession(self._observer, self._guest.ip) as session:
-            for source, destination in ((here, there), (there, here)):
+            for source, destination in ((self._here, self._there), (self._there, self._here)):
                 moves.append(await self._move(source, destination))
             tcp = await session.close()
         await control.journal_stop()
@@ -99,7 +101,7 @@ class Demo:
         console.print()
         await self._show("show", newest["id"])
         console.print(
-            f"Network gap {udp.longest_gap_ms:.0f} ms, seen by {OBSERVER} with a datagram each ms "
+            f"Network gap {udp.longest_gap_ms:.0f} ms, seen by {self._observer.name} with a datagram each ms "
             f"({udp.lost} of {udp.sent} lost, {udp.duplicated} duplicated)\n"
         )
         return Move(

@@ -44,7 +44,9 @@ async def test_there_and_back_under_load(subject: Subject) -> None:
             outcome = migration.outcome
             parts = outcome.paused_to_held_ms + outcome.held_to_committed_ms + outcome.committed_to_running_ms
             assert outcome.downtime_ms == pytest.approx(parts)
-            assert 0 < outcome.downtime_ms <= udp.longest_gap_ms + 5
+            # The record's pause is an upper bound, by the way of one answer to the leader; on two busy cores that is
+            # tens of milliseconds.
+            assert 0 < outcome.downtime_ms <= udp.longest_gap_ms + 50
             assert outcome.ram_bytes > 1 << 20
             assert outcome.total_ms > outcome.downtime_ms
             assert [State(change.state) for change in migration.timeline] == [

@@ -28,6 +28,7 @@ from handoff.controller.v1.migrations_pb2_grpc import MigrationsServiceStub
 from handoff_common.channel import open_channel
 from handoff_controller.machine import FINAL, State, state_of
 from handoff_controller.settle import SETTLED
+from handoff_lab.fabric import OVERLAY_NET
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import DEFAULT_DISK, Guests
 from handoff_lab.host import Host
@@ -229,9 +230,9 @@ class Subject:
                 continue
             listing = await asyncio.to_thread(host.node.run, ["ss", "-Htan"])
             for line in listing.stdout.splitlines():
-                state, _, _, local, peer, *_ = line.split()
-                port = int(local.rpartition(":")[2]), int(peer.rpartition(":")[2]) if peer[-1] != "*" else 0
-                if state != "TIME-WAIT" and any(49152 <= number <= 49215 for number in port):
+                state, _, _, local, *_ = line.split()
+                # By address: the ports of migration streams are also ordinary ephemeral ports.
+                if state != "TIME-WAIT" and local.startswith(f"{OVERLAY_NET}."):
                     found.append(f"{host.name}: {line}")
             ports = await asyncio.to_thread(host.node.run, ["ovs-vsctl", "list-ports", "br-int"])
             taps = [port for port in ports.stdout.split() if port.startswith("vnet")]

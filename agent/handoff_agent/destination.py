@@ -24,7 +24,7 @@ from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, Monitor
 from handoff_agent.handoff import Handoff, Notify, Save
 from handoff_agent.ledger import Record
 from handoff_agent.local_sockets import CPR, UNIX, LocalSockets, cpr_socket, main_socket
-from handoff_agent.monitor import Monitor, QmpError
+from handoff_agent.monitor import MigrationStatus, Monitor, QmpError
 from handoff_agent.rules import ABORTED, ACTIVE, FAILED, FINALIZED, PREPARED, Call
 from handoff_agent.slots import CALL_TIMEOUT_S, LibvirtFailure, Slot
 from handoff_common.errors import (
@@ -133,8 +133,13 @@ class DestinationHandoff(Handoff):
         return True
 
     async def accept(self) -> None:
-        """Lets QEMU take the devices' state. Raises as Monitor.execute does."""
-        await self._listen_locally(self.record.listen_uri.removeprefix(CPR), ACCEPT_TIMEOUT_S)
+        """Lets QEMU take the devices' state; may be repeated. Raises as Monitor.execute does."""
+        try:
+            await self._listen_locally(self.record.listen_uri.removeprefix(CPR), ACCEPT_TIMEOUT_S)
+        except QmpError:
+            # By an earlier life of the agent.
+            if (await self._monitor.query_migrate(urgent=True)).status is MigrationStatus.NONE:
+                raise
 
     async def activate(self) -> None:
         """Runs the guest; ACTIVE on return, or FAILED.

@@ -23,8 +23,9 @@ from handoff_agent.domains import end_domain, is_active
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Handoff, Notify, Save
 from handoff_agent.ledger import Record
-from handoff_agent.local_sockets import CPR, UNIX, LocalSockets, cpr_socket, main_socket
+from handoff_agent.local_sockets import CPR, MULTIFD, UNIX, LocalSockets, cpr_socket, main_socket
 from handoff_agent.monitor import MigrationStatus, Monitor, QmpError
+from handoff_agent.outgoing import MULTIFD_CAPABILITY, MULTIFD_PARAMETERS
 from handoff_agent.rules import ABORTED, ACTIVE, FAILED, FINALIZED, PREPARED, Call
 from handoff_agent.slots import CALL_TIMEOUT_S, LibvirtFailure, Slot
 from handoff_common.errors import (
@@ -68,6 +69,8 @@ class Folder:
     path: str
     passes_on: bool
     """Its memory is passed on, not copied."""
+    multifd: bool = False
+    """It is copied over several connections."""
 
 
 class DestinationHandoff(Handoff):
@@ -104,11 +107,14 @@ class DestinationHandoff(Handoff):
                     await self._start(xml)
                     port = await self._listen(entrance)
                     uri = f"tcp:{_bracketed(entrance.address)}:{port}"
-                case Folder(path=path, passes_on=False):
+                case Folder(path=path, passes_on=False, multifd=multifd):
                     self._sockets.make(self.record.migration_id)
                     await self._start(xml)
+                    if multifd:
+                        await self._monitor.set_capabilities(MULTIFD_CAPABILITY)
+                        await self._monitor.execute("migrate-set-parameters", MULTIFD_PARAMETERS)
                     await self._listen_locally(path)
-                    uri = f"{UNIX}{main_socket(path)}"
+                    uri = f"{MULTIFD if multifd else UNIX}{main_socket(path)}"
                 case Folder(path=path):
                     self._sockets.make(self.record.migration_id)
                     self._starting = asyncio.create_task(self._start(xml), name=f"start-{self.record.migration_id}")

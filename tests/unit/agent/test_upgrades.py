@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -72,8 +74,11 @@ async def test_an_abort_leaves_the_guest_as_it_was(
     assert await upgrade.status("b") == "running"
 
 
-async def test_the_guest_runs_until_the_switch_is_ordered(upgrade: Upgrade) -> None:
-    await upgrade.advance(CPR, READY)
+@METHODS
+async def test_the_guest_runs_until_the_switch_is_ordered(
+    upgrade: Upgrade, method: pb.TransferMethod.ValueType
+) -> None:
+    await upgrade.advance(method, READY)
     with upgrade.slots["a"].events(upgrade.guest) as events:
         assert await events.next_within(2.0) is None
     assert await upgrade.status("a") == "running"
@@ -103,6 +108,31 @@ async def test_a_new_qemu_that_dies_leaves_the_guest_running(
             await source.switch_over()
         failed = await upgrade.until(FAILED)
         assert failed.state == FAILED
+    await upgrade.abort()
+    await upgrade.is_only_in("a")
+
+
+@METHODS
+async def test_a_new_qemu_that_freezes_in_the_pause_is_left(
+    upgrade: Upgrade, method: pb.TransferMethod.ValueType
+) -> None:
+    await upgrade.advance(method, READY)
+    source = upgrade.handoffs.source(upgrade.id, Call.SWITCH_OVER)
+    pid = upgrade.new_qemu()
+    if method == UNIX:
+        # With a full socket before it the old one can't end what it sends.
+        os.kill(pid, signal.SIGSTOP)
+        await source.switch_over()
+    else:
+        await source.switch_over()
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        state = (await upgrade.until(HELD)).state
+        assert method == CPR or state == FAILED
+        await upgrade.handoffs.abort(upgrade.id, SOURCE, "the test says so")
+        assert await upgrade.status("a") == "running"
+    finally:
+        os.kill(pid, signal.SIGCONT)
     await upgrade.abort()
     await upgrade.is_only_in("a")
 

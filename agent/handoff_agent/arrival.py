@@ -1,6 +1,6 @@
 """What is looked at before a guest may come to this host, and the XML that it comes with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from handoff.agent.v1 import qemu_pb2 as pb
@@ -54,7 +54,9 @@ class Arrivals:
         local = method in LOCAL_METHODS
         if local and slot == domain.slot:
             raise InvalidArgumentError(f"guest {domain.name} is in slot {slot} already")
-        facts = await self._survey.host_facts(domain, slot, method, emulator)
+        facts = replace(
+            await self._survey.host_facts(domain, slot, method, emulator), device_types=frozenset(guest.device_types)
+        )
         refused = refusal(destination_obstacles(domain, facts))
         if refused is not None:
             raise refused

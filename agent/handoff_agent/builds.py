@@ -23,6 +23,8 @@ class Build:
     """CPU models that it can run on this host; empty when libvirt could not tell."""
     cpr: bool = False
     """It has cpr-transfer and `aux-ram-share`: it can pass memory on, and take it, without a copy."""
+    device_types: frozenset[str] = frozenset()
+    """What `-device` takes, such as "virtio-net-pci"; empty when it could not tell."""
 
 
 def choose_build(builds: Iterable[Build], *, release: str, path: str) -> Build | None:

@@ -166,6 +166,16 @@ async def test_a_restarted_agent_takes_it_up(
     assert await upgrade.status("b") == "running"
 
 
+async def test_a_device_that_the_release_lacks_is_refused(upgrade: Upgrade) -> None:
+    _, guest = await upgrade.handoffs.prepare_source(upgrade.id, upgrade.guest, validate_only=True, local=True)
+    assert "pcie-root-port" in guest.device_types
+    guest.device_types.append("dropped-device")
+    with pytest.raises(PreconditionError, match=f"{upgrade.paths['new']} on host h1 has no dropped-device"):
+        await upgrade.handoffs.prepare_destination(
+            upgrade.id, guest, "b", validate_only=True, method=CPR, emulator="new"
+        )
+
+
 async def test_memory_that_is_not_shared_can_not_be_passed_on(upgrade: Upgrade) -> None:
     slot = upgrade.slots["a"]
     await slot.on_domain(upgrade.guest, remove)

@@ -137,6 +137,17 @@ async def test_a_new_qemu_that_freezes_in_the_pause_is_left(
     await upgrade.is_only_in("a")
 
 
+async def test_a_new_qemu_that_hangs_is_not_told_to_run(upgrade: Upgrade) -> None:
+    await upgrade.advance(CPR, HELD)
+    pid = upgrade.new_qemu()
+    os.kill(pid, signal.SIGSTOP)
+    destination = upgrade.handoffs.destination(upgrade.id, Call.ACTIVATE)
+    await destination.activate()
+    assert (destination.state, destination.record.never_ran) == (FAILED, True)
+    await upgrade.abort()
+    await upgrade.is_only_in("a")
+
+
 @METHODS
 async def test_a_new_qemu_that_dies_before_it_runs_gives_the_guest_back(
     upgrade: Upgrade, method: pb.TransferMethod.ValueType

@@ -28,6 +28,18 @@ async def upgrade(subject: Subject, release: str, options: MigrationOptions | No
     return (await subject.moves.api().CreateUpgrade(request, timeout=CALL_S)).migration
 
 
+async def upgrade_once_reached(subject: Subject, release: str) -> Migration:
+    """Asks until the controller has found an agent again that was restarted."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                return await upgrade(subject, release)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+            await asyncio.sleep(0.2)
+
+
 async def must_be_in(subject: Subject, slot: str, release: str) -> None:
     """It runs in that slot under that build; the other slot knows nothing of it, and nothing is left."""
     home = await subject.host()
@@ -118,8 +130,7 @@ async def test_a_new_qemu_that_crashes_at_start(subject: Subject, moves: Moves) 
     settings.write_text(f'{before}\n[[emulators]]\nname = "crashes"\npath = "{crashes}"\n')
     try:
         await asyncio.to_thread(subject.fleet.restart, "h1", "agent")
-        await moves.known(subject.name)
-        migration = await moves.ends((await upgrade(subject, "crashes")).id)
+        migration = await moves.ends((await upgrade_once_reached(subject, "crashes")).id)
         assert state_of(migration) is State.ABORTED, story(migration)
         assert "can't be started here" in migration.error
         assert migration.outcome.downtime_ms == 0

@@ -14,11 +14,13 @@ A QEMU before 8.1 pauses the guest by itself after the order, or before it when 
 import time
 from typing import Final
 
+from handoff_agent.channels import LocalChannels
 from handoff_agent.convergence import Action, ConvergenceSettings, Sample, decide, next_look_s
+from handoff_agent.local_sockets import MULTIFD
 from handoff_agent.meter import Meter, progress
 from handoff_agent.monitor import MigrationInfo, MigrationStatus, QmpError
 from handoff_agent.outgoing import OutgoingMigration
-from handoff_agent.stream import Stream
+from handoff_agent.stream import Connection, Stream
 from handoff_agent.transfer import GATED_POLL_S, ORDERED_POLL_S, READY_POLL_S, Switch
 from handoff_common.errors import HandoffError
 
@@ -49,8 +51,12 @@ class Copying:
         self._allowed_ms = 0
         self._continued = False
 
-    async def begin(self, uri: str) -> Stream:
-        """Copies to "tcp:…" or "unix:…"."""
+    async def begin(self, uri: str) -> Connection:
+        """Copies to "tcp:…", "unix:…" or "multifd:…"."""
+        if uri.startswith(MULTIFD):
+            path = uri.removeprefix(MULTIFD)
+            await self._migration.begin_multifd(path)
+            return LocalChannels(path)
         stream = await Stream.connect(uri)
         try:
             await self._migration.begin(stream.fileno())

@@ -23,8 +23,9 @@ from handoff_agent.domains import end_domain, is_active
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Handoff, Notify, Save
 from handoff_agent.ledger import Record
-from handoff_agent.local_sockets import CPR, UNIX, LocalSockets, cpr_socket, main_socket
+from handoff_agent.local_sockets import CPR, MULTIFD, UNIX, LocalSockets, cpr_socket, main_socket
 from handoff_agent.monitor import MigrationStatus, Monitor, QmpError
+from handoff_agent.outgoing import MULTIFD_CAPABILITY, MULTIFD_PARAMETERS
 from handoff_agent.rules import ABORTED, ACTIVE, FAILED, FINALIZED, PREPARED, Call
 from handoff_agent.slots import CALL_TIMEOUT_S, LibvirtFailure, Slot
 from handoff_common.errors import (
@@ -41,6 +42,8 @@ CREATE_TIMEOUT_S: Final = 30.0
 ACCEPT_TIMEOUT_S: Final = 2.0
 SOCKET_POLL_S: Final = 0.005
 ACTIVATE_TIMEOUT_S: Final = 5.0
+# One that hangs is given up before it is told to run, for then it is known that it never did.
+ANSWER_TIMEOUT_S: Final = 2.0
 ACTIVATE_RETRY_S: Final = 0.1
 WATCH_RETRY_S: Final = 1.0
 
@@ -68,6 +71,8 @@ class Folder:
     path: str
     passes_on: bool
     """Its memory is passed on, not copied."""
+    multifd: bool = False
+    """It is copied over several connections."""
 
 
 class DestinationHandoff(Handoff):
@@ -78,6 +83,7 @@ class DestinationHandoff(Handoff):
         self.companions: Sequence[DestinationCompanion] = ()
         self._slot = slot
         self._sockets = sockets
+        self._hangs = False
         self._knows_created = False
         self._knows_running = False
         self._starting: asyncio.Task[None] | None = None
@@ -104,11 +110,14 @@ class DestinationHandoff(Handoff):
                     await self._start(xml)
                     port = await self._listen(entrance)
                     uri = f"tcp:{_bracketed(entrance.address)}:{port}"
-                case Folder(path=path, passes_on=False):
+                case Folder(path=path, passes_on=False, multifd=multifd):
                     self._sockets.make(self.record.migration_id)
                     await self._start(xml)
+                    if multifd:
+                        await self._monitor.set_capabilities(MULTIFD_CAPABILITY)
+                        await self._monitor.execute("migrate-set-parameters", MULTIFD_PARAMETERS)
                     await self._listen_locally(path)
-                    uri = f"{UNIX}{main_socket(path)}"
+                    uri = f"{MULTIFD if multifd else UNIX}{main_socket(path)}"
                 case Folder(path=path):
                     self._sockets.make(self.record.migration_id)
                     self._starting = asyncio.create_task(self._start(xml), name=f"start-{self.record.migration_id}")
@@ -167,13 +176,29 @@ class DestinationHandoff(Handoff):
         if not await self._may_run(first=first):
             return
         # From here on only QEMU's own word, or the domain's end, can tell that it never ran.
-        await self.change(activating=True)
+        answers, _ = await asyncio.gather(self._answers(), self.change(activating=True))
+        if first and not answers:
+            self._hangs = True
+            message = "its QEMU does not answer, and was not told to run"
+            await self.change(state=FAILED, message=message, never_ran=True)
+            return
         with self._slot.events(self.record.domain_uuid) as events:
             ran_s = await self._run(events, deadline, first=first)
         if ran_s is None:
             return
         self._stop_watching()
         await self.change(state=ACTIVE, running_s=ran_s, call_to_running_ms=max(0.0, 1000 * (ran_s - arrived_s)))
+
+    async def _answers(self) -> bool:
+        """False when QEMU hangs. Raises as Slot.call does when it is libvirtd that does not answer."""
+        try:
+            await self._monitor.query_status(timeout_s=ANSWER_TIMEOUT_S, urgent=True)
+        except DeadlineError:
+            await self._slot.call(lambda connection: connection.getLibVersion(), ANSWER_TIMEOUT_S, urgent=True)
+            return False
+        except (NotFoundError, PreconditionError, QmpError):
+            return True  # it has ended, as will be found
+        return True
 
     async def _may_run(self, *, first: bool) -> bool:
         """The companions have done what comes before the guest runs; FAILED if not. `first`: as of `_run`."""
@@ -395,7 +420,7 @@ class DestinationHandoff(Handoff):
 
     async def _destroy(self) -> None:
         was_starting = await self._stop_starting()
-        await end_domain(self._slot, self.record.domain_uuid, listens=not was_starting)
+        await end_domain(self._slot, self.record.domain_uuid, listens=not was_starting and not self._hangs)
         self._slot.forget(self.record.domain_uuid)
         self._sockets.remove(self.record.migration_id)
         await each((companion.undo() for companion in self.companions), self.log)

@@ -217,8 +217,12 @@ class Handoffs:
         method: pb.TransferMethod.ValueType = pb.TRANSFER_METHOD_TCP,
         emulator: str = "",
         fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> pb.PrepareDestinationResponse:
-        """Begins the destination's side, or answers with the one that there is."""
+        """Begins the destination's side, or answers with the one that there is.
+
+        `fast`: its disks are pulled, at this rate at the most.
+        """
         slot_name = slot_name or DEFAULT_SLOT
         folder = self._sockets.folder(migration_id)
         if validate_only:
@@ -241,6 +245,7 @@ class Handoffs:
                 autostart=guest.autostart,
                 persistent_xml=with_disks(arrival.persistent_xml, arrival.disks, running=False),
                 disks=recorded(arrival.disks),
+                bandwidth_bytes_per_s=bandwidth_bytes_per_s,
                 pulling=any(move.strategy == PULL for move in arrival.disks),
                 changed_s=time.time(),
             )

@@ -121,6 +121,7 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
                 method=request.method,
                 emulator=request.emulator,
                 fast=request.fast,
+                bandwidth_bytes_per_s=request.bandwidth_bytes_per_s,
             )
         )
 

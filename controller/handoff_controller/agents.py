@@ -49,7 +49,14 @@ class Agent(Protocol):
     name: str
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: Sequence[DiskMove] = (),
     ) -> SourceGuest:
         """PrepareSource."""
 
@@ -64,6 +71,7 @@ class Agent(Protocol):
         method: "TransferMethod.ValueType" = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
         fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> Handoff:
         """PrepareDestination."""
 
@@ -138,13 +146,25 @@ class GrpcAgent:
             call.cancel()
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: Sequence[DiskMove] = (),
     ) -> SourceGuest:
         """PrepareSource."""
         request = PrepareSourceRequest(
-            fence=fence, migration_id=migration_id, domain_uuid=domain_uuid, validate_only=validate_only, local=local
+            fence=fence,
+            migration_id=migration_id,
+            domain_uuid=domain_uuid,
+            validate_only=validate_only,
+            local=local,
+            disks=disks,
         )
-        response = await self._answer(lambda: self._qemu.PrepareSource(request, timeout=ORDER_S))
+        response = await self._answer(lambda: self._qemu.PrepareSource(request, timeout=DOMAIN_S if disks else ORDER_S))
         return response.guest
 
     async def prepare_destination(
@@ -158,6 +178,7 @@ class GrpcAgent:
         method: "TransferMethod.ValueType" = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
         fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> Handoff:
         """PrepareDestination."""
         request = PrepareDestinationRequest(
@@ -169,6 +190,7 @@ class GrpcAgent:
             method=method,
             emulator=emulator,
             fast=fast,
+            bandwidth_bytes_per_s=bandwidth_bytes_per_s,
         )
         response = await self._answer(lambda: self._qemu.PrepareDestination(request, timeout=DOMAIN_S))
         return response.handoff

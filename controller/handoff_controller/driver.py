@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 import structlog
 
-from handoff.agent.v1.disk_pb2 import DiskMove
+from handoff.agent.v1.disk_pb2 import DiskMove, DiskStrategy
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState, TransferLimits, TransferProgress
 from handoff.agent.v1.types_pb2 import Fence
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind
@@ -81,6 +81,7 @@ class Driver:
         self._fence = fence
         self._admitted = admitted
         self._cancelled = asyncio.Event()
+        self._disks_are_there = asyncio.Event()
         if migration.cancel_requested:
             self._cancelled.set()
         self._lock = asyncio.Lock()
@@ -185,6 +186,7 @@ class Driver:
             Step.SWITCH_OVER: self._switch_over,
             Step.AWAIT_HELD: self._await_held,
             Step.ACTIVATE: self._activate,
+            Step.AWAIT_DISKS: self._await_disks,
             Step.RELEASE_SOURCE: self._release_source,
             Step.FINALIZE_DESTINATION: self._finalize_destination,
             Step.ABORT_SOURCE: self._abort_source,
@@ -235,6 +237,7 @@ class Driver:
                 self.migration.id,
                 self.migration.guest_uuid,
                 local=self.migration.kind == MigrationKind.MIGRATION_KIND_UPGRADE,
+                disks=self.migration.disks,
             ),
             PATIENCE_S[State.PREPARING],
         )
@@ -256,6 +259,7 @@ class Driver:
             method=self.migration.method,
             emulator=self.migration.release,
             fast=self.migration.options.fast,
+            bandwidth_bytes_per_s=self.migration.options.bandwidth_bytes_per_s,
         )
         if handoff.state == HandoffState.HANDOFF_STATE_PREPARED and not handoff.listen_uri:
             raise UnavailableError(f"{self.migration.destination.host}: the incoming domain is not ready yet")
@@ -398,7 +402,27 @@ class Driver:
                 running_ns = handoff.activate_timings.running_time.ToNanoseconds()
                 outcome.downtime_ms = max(0.0, (running_ns - outcome.paused_time.ToNanoseconds()) / 1e6)
 
+    async def _await_disks(self) -> None:
+        """Waits until the destination has pulled what its disks lacked, however long it takes: there is no way back."""
+        if any(move.strategy == DiskStrategy.DISK_STRATEGY_PULL for move in self.migration.disks):
+            await self._persist("disks", self._disks_pulled)
+        self._disks_are_there.set()
+
+    async def _disks_pulled(self) -> Handoff:
+        """Follows the destination until it needs nothing of the source. Raises as the watch does."""
+        loop = asyncio.get_running_loop()
+        published_at = 0.0
+        async with aclosing(self._destination.watch(self.migration.id, DESTINATION)) as states:
+            async for handoff in states:
+                if not handoff.pulling:
+                    return handoff
+                if loop.time() - published_at > PROGRESS_INTERVAL_S:
+                    published_at = loop.time()
+                    await self._records.put_progress(self.migration.id, handoff.progress)
+        raise UnavailableError(f"{self.migration.destination.host} does not tell how far its disks are")
+
     async def _release_source(self) -> None:
+        await self._disks_are_there.wait()
         released = await self._try(
             "release",
             self.migration.source.host,
@@ -414,6 +438,7 @@ class Driver:
             outcome.iterations = max(outcome.iterations, released.progress.iterations)
 
     async def _finalize_destination(self) -> None:
+        await self._disks_are_there.wait()
         await self._try(
             "finalize",
             self.migration.destination.host,

@@ -56,7 +56,9 @@ class Settler:
                 state=HandoffState.Name(settled.state),
             )
 
-    def _order(self, agent: GrpcAgent, handoff: Handoff, migration: Migration) -> Callable[[], Awaitable[Handoff]] | None:
+    def _order(
+        self, agent: GrpcAgent, handoff: Handoff, migration: Migration
+    ) -> Callable[[], Awaitable[Handoff]] | None:
         """What the final state of a migration means for one side of it."""
         state, migration_id, role = state_of(migration), handoff.migration_id, handoff.role
         if state is State.ABORTED:

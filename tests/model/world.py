@@ -249,7 +249,14 @@ class FakeAgent:
             yield handoff
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: object = (),
     ) -> pb.SourceGuest:
         if validate_only:
             await self._network.ask(self.name)
@@ -267,6 +274,7 @@ class FakeAgent:
         method: pb.TransferMethod.ValueType = pb.TRANSFER_METHOD_TCP,
         emulator: str = "",
         fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> pb.Handoff:
         if validate_only:
             await self._network.ask(self.name)

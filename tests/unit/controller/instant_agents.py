@@ -36,7 +36,14 @@ class InstantAgent:
         yield WatchEventsResponse()
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: object = (),
     ) -> SourceGuest:
         if domain_uuid not in self._domains:
             raise NotFoundError(f"no {domain_uuid} on {self.name}")
@@ -56,6 +63,7 @@ class InstantAgent:
         method: TransferMethod.ValueType = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
         fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> Handoff:
         if validate_only:
             return Handoff()

@@ -52,7 +52,14 @@ class UpgradingAgent(InstantAgent):
         )
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: object = (),
     ) -> SourceGuest:
         if domain_uuid.removeprefix("uuid-") in self.refuses:
             raise PreconditionError("it uses a device of this host; detach it")
@@ -69,6 +76,7 @@ class UpgradingAgent(InstantAgent):
         method: TransferMethod.ValueType = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
         fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> Handoff:
         if guest.domain.name in self.fails and not validate_only:
             raise PreconditionError("its QEMU ended")

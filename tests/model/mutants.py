@@ -1,11 +1,14 @@
 """Seeded bugs that the model has to find: if it does not, it is the model that is wrong."""
 
+import contextlib
+
 from fake_hosts import Bugs
 from world import Kind, Mutant, Trouble
 
-from handoff_common.errors import DeadlineError
+from handoff_common.errors import DeadlineError, HandoffError
 from handoff_controller.agents import Agent
-from handoff_controller.driver import DESTINATION, SOURCE, Driver, Work
+from handoff_controller.driver import Driver, Work
+from handoff_controller.journey import DESTINATION, SOURCE
 from handoff_controller.machine import Event, State, state_of
 
 
@@ -47,12 +50,12 @@ class ActivatesBeforeTheCommit(Driver):
 class ReleasesWithoutProof(Driver):
     """A destination that can't be reached is taken for one that runs the guest."""
 
-    async def _activate(self) -> Event | None:
-        try:
+    async def _steps(self, state: State) -> Work:
+        if state is not State.COMMITTED:
+            return await super()._steps(state)
+        with contextlib.suppress(HandoffError):
             await self._destination.activate(self._fence, self.migration.id)
-        except Exception:  # noqa: BLE001 - the bug
-            return None
-        return None
+        return Work(Event.COMPLETED)
 
 
 AT_THE_COMMIT = 10

@@ -1,0 +1,92 @@
+"""One migration on its way, as the steps of its driver share it: its record, its two agents, and patience with them."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+import structlog
+
+from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState, TransferProgress
+from handoff.agent.v1.types_pb2 import Fence
+from handoff.controller.v1.migrations_pb2 import Migration
+from handoff_common.errors import DeadlineError, HandoffError, UnavailableError
+from handoff_controller.agents import Agent
+
+log = structlog.get_logger()
+Answer = TypeVar("Answer")
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 2.0
+
+TRANSIENT = (UnavailableError, DeadlineError)
+SOURCE = HandoffRole.HANDOFF_ROLE_SOURCE
+DESTINATION = HandoffRole.HANDOFF_ROLE_DESTINATION
+RAN_HERE = frozenset({HandoffState.HANDOFF_STATE_ACTIVE, HandoffState.HANDOFF_STATE_FINALIZED})
+
+
+class Records(Protocol):
+    """Where migrations are kept; see store.py."""
+
+    async def save(self, migration: Migration) -> Migration:
+        """Writes a changed record, with what its state means for the guest's owner, in one transaction."""
+
+    async def put_progress(self, migration_id: str, progress: TransferProgress) -> None:
+        """Publishes a reading of the copy; it may be lost."""
+
+
+class StepFailed(Exception):  # noqa: N818 - an outcome, not an error of the program
+    """A step can't succeed any more. The message is what the record will say."""
+
+
+class Journey:
+    """The record as it is now, and who is asked to do what. `lock` is held by who reads, changes and saves it."""
+
+    def __init__(self, migration: Migration, records: Records, source: Agent, destination: Agent, fence: Fence) -> None:
+        self.migration = migration
+        self.records = records
+        self.source = source
+        self.destination = destination
+        self.fence = fence
+        self.lock = asyncio.Lock()
+        self.held_at: float | None = None
+        """When the source was held, by the loop's clock; None when another leader saw it."""
+        self.committed_at: float | None = None
+        self.log = log.bind(migration=migration.id, guest=migration.guest_name, term=fence.term)
+
+    def warn(self, warning: str) -> None:
+        """Adds a warning to the record, for whoever saves it next."""
+        if warning not in self.migration.warnings:
+            self.migration.warnings.append(warning)
+
+    async def insist(
+        self, call: Callable[[], Awaitable[Answer]], patience_s: float, *, also_refusals: bool = False
+    ) -> Answer:
+        """Repeats an idempotent call while its agent can't be reached, for `patience_s` seconds.
+
+        Raises StepFailed with the last error. `also_refusals`: a refusal is repeated too, where going back is no
+        choice.
+        """
+        loop = asyncio.get_running_loop()
+        gives_up = loop.time() + patience_s
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                return await call()
+            except HandoffError as error:
+                if not isinstance(error, TRANSIENT) and not also_refusals:
+                    raise StepFailed(error.message) from error
+                if loop.time() + pause_s > gives_up:
+                    raise StepFailed(error.message) from error
+                self.log.warning("agent call failed; trying again", error=error.message)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def try_for(
+        self, what: str, host: str, patience_s: float, call: Callable[[], Awaitable[Handoff]]
+    ) -> Handoff | None:
+        """As `insist`, where what can't be done now is done later: None, and a warning in the record."""
+        try:
+            return await self.insist(call, patience_s, also_refusals=True)
+        except StepFailed as failure:
+            self.warn(f"{what} on {host} has not been done: {failure}. It is done when the host's agent is back")
+            return None

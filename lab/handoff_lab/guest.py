@@ -242,11 +242,15 @@ class Guests:
 
     def sightings(self) -> list[Sighting]:
         """Every lab guest in every slot of every host that is up."""
-        hosts = [host for host in self.fleet.members(self.lab.require_config()) if isinstance(host, Host)]
         known = {guest.name for guest in self.lab.guests()}
+        return [seen for seen in self.domains() if seen.guest in known]
+
+    def domains(self) -> list[Sighting]:
+        """Every domain, whoever made it, in every slot of every host that is up."""
+        hosts = [host for host in self.fleet.members(self.lab.require_config()) if isinstance(host, Host)]
         asked = [(host, slot) for host in hosts for slot in SLOTS if host.daemons()[f"libvirtd-{slot}"].ready()]
         answers = in_parallel([partial(_domains, host, slot) for host, slot in asked])
-        return [seen for answer in answers for seen in answer if seen.guest in known]
+        return [seen for answer in answers for seen in answer]
 
     def find(self, name: str) -> list[Sighting]:
         """Where a guest is defined or runs."""

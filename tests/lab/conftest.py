@@ -50,12 +50,12 @@ def fleet() -> Iterator[Fleet]:
 @pytest.fixture
 def guests(fleet: Fleet) -> Iterator[Guests]:
     """Guests of the session's fleet; those that a test creates are removed after it."""
-    before = {guest.name for guest in fleet.lab.guests()}
     found = Guests(fleet)
     yield found
     for guest in fleet.lab.guests():
-        if guest.name not in before:
-            found.delete(guest.name)
+        found.delete(guest.name)
+    left = found.domains()
+    assert not left, f"the test left domains behind: {left}"
 
 
 @pytest.fixture

@@ -57,24 +57,23 @@ async def test_nonsense_options(subject: Subject) -> None:
         await subject.moves.create(subject.name, there, options)
 
 
-async def test_no_memory_there(moves: Moves, fleet: Fleet) -> None:
+async def test_no_memory_there(moves: Moves, guests: Guests, fleet: Fleet) -> None:
     big = await Subject.create(moves, "big", "h1", memory_mib=512)
-    ballast = await asyncio.to_thread(Guests(fleet).create, "ballast", "h2", 1700, 1, (), "none", False)
+    await asyncio.to_thread(guests.create, "ballast", "h2", 1700, 1, (), "none", False)
     with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "host h2 has", "free for guests"):
         await moves.create(big.name, "h2")
     await big.must_be_at("h1")
     assert await unsettled(fleet, "h2") == []
-    await asyncio.to_thread(Guests(fleet).delete, ballast.name)
 
 
-async def test_a_local_disk_is_not_built_yet(moves: Moves, fleet: Fleet) -> None:
+async def test_a_local_disk_is_not_built_yet(moves: Moves, guests: Guests) -> None:
     await asyncio.to_thread(
-        Guests(fleet).create, "pinned", "h1", 128, 1, ("size=64M,format=qcow2,place=local",), "none", False
+        guests.create, "pinned", "h1", 128, 1, ("size=64M,format=qcow2,place=local",), "none", False
     )
     await moves.known("pinned")
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "vda", "local", "not built yet"):
         await moves.create("pinned", "h2")
-    assert await asyncio.to_thread(Guests(fleet).running_on, "pinned")
+    assert await asyncio.to_thread(guests.running_on, "pinned")
 
 
 async def test_a_second_migration_of_the_same_guest(subject: Subject) -> None:

@@ -132,18 +132,12 @@ def _destination_qemu(moment: Moment, blow: Blow) -> Expectation | None:
     if moment is Moment.PLANNED:
         return None
     if blow is Blow.KILL:
-        if moment is Moment.FINISHING:
-            return Expectation(Where.LOST, None)
-        return Expectation(Where.SOURCE, 1.0 + SLACK_S)
-    match moment:
-        case Moment.PAUSED:
-            return Expectation(Where.SOURCE, SWITCH_DEADLINE_S + 1.0 + SLACK_S)
-        case Moment.HELD | Moment.COMMITTED | Moment.FINISHING:
-            return Expectation(Where.DESTINATION, FREEZE_S + SLACK_S)
-        case Moment.ABORTING:
-            return Expectation(Where.SOURCE, SLACK_S)
-        case _:
-            return Expectation(Where.EITHER, SLACK_S + SWITCH_DEADLINE_S)
+        owns = moment is Moment.FINISHING
+        return Expectation(Where.LOST, None) if owns else Expectation(Where.SOURCE, 1.0 + SLACK_S)
+    if moment in (Moment.HELD, Moment.COMMITTED, Moment.FINISHING):
+        return Expectation(Where.DESTINATION, FREEZE_S + SLACK_S)
+    where = Where.SOURCE if moment in (Moment.PAUSED, Moment.ABORTING) else Where.EITHER
+    return Expectation(where, SWITCH_DEADLINE_S + 1.0 + SLACK_S)
 
 
 def _cut(moment: Moment, link: Link, lasting: Lasting) -> Expectation:

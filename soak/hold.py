@@ -18,8 +18,6 @@ import asyncio
 from collections.abc import Iterable
 from typing import Final
 
-import grpc.aio
-
 from handoff.agent.v1.qemu_pb2 import HandoffRole, HandoffState
 from handoff.agent.v1.types_pb2 import DomainState
 from handoff_controller.machine import State
@@ -35,6 +33,14 @@ BLOCKER: Final = "blocker"
 BLOCKING_BYTES_PER_S: Final = 1 << 20
 LEADER_HEARS_S: Final = 0.1
 SOURCE: Final = HandoffRole.HANDOFF_ROLE_SOURCE
+_LATER: Final = frozenset(
+    {
+        HandoffState.HANDOFF_STATE_HELD,
+        HandoffState.HANDOFF_STATE_RELEASED,
+        HandoffState.HANDOFF_STATE_FAILED,
+        HandoffState.HANDOFF_STATE_ABORTED,
+    }
+)
 
 
 class Hold:
@@ -159,17 +165,22 @@ class Hold:
         await self._scene.controllers.reaches(self.migration_id, state)
 
     async def _source_is(self, *states: "HandoffState.ValueType") -> None:
+        """Waits for a state of the source's side. Raises Missed when it is past it."""
         agent = self._scene.agent(self._cast.source)
+        awaited = frozenset(states)
         until = asyncio.get_running_loop().time() + 10
         while True:
             try:
-                await agent.reaches(self.migration_id, SOURCE, frozenset(states))
-                return
-            except (Missed, grpc.aio.AioRpcError):
+                handoff = await agent.reaches(self.migration_id, SOURCE, awaited | _LATER)
+            except Missed:
                 # It may not have heard of the handoff yet.
                 if asyncio.get_running_loop().time() > until:
                     raise
-            await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)
+                continue
+            if handoff.state not in awaited:
+                raise Missed(f"the source is {HandoffState.Name(handoff.state)} already")
+            return
 
     def _freeze(self, victim: Victim) -> None:
         self._freeze_all([self._cast.pids[victim]])

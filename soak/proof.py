@@ -32,7 +32,8 @@ class Findings:
 
     where: str = ""
     """The host's part, "source" or "destination"; "nowhere" for a guest that is gone."""
-    ran_again_ms: float | None = None
+    outage_ms: float | None = None
+    """See Pulse.outage_ms; None for a guest that is gone."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -116,11 +117,10 @@ async def judge(
     home = await asyncio.to_thread(_home, scene)
     findings.where = _part(cast, home)
     if not lost:
-        findings.ran_again_ms = witnesses.pulse.ran_again_ms(struck_ns)
-        findings.problems += _outage(findings.ran_again_ms, expected)
-    if lost != (home is None) or (
-        expected.where in (Where.SOURCE, Where.DESTINATION) and findings.where != expected.where
-    ):
+        findings.outage_ms = witnesses.pulse.outage_ms(struck_ns)
+        findings.problems += _outage(findings.outage_ms, expected)
+    allowed = {Where.EITHER: {"source", "destination"}, Where.LOST: {"nowhere"}}
+    if findings.where not in allowed.get(expected.where, {str(expected.where)}):
         findings.problems.append(f"the guest is {findings.where}, not {expected.where}: {story(migration)}")
     left = await none_left(scene, home, LEFTOVERS_S)
     findings.problems += [f"left behind: {what}" for what in left]
@@ -137,11 +137,11 @@ def _part(cast: Cast, home: str | None) -> str:
     return {cast.source: "source", cast.destination: "destination"}.get(home or "", "nowhere")
 
 
-def _outage(ran_again_ms: float | None, expected: Expectation) -> list[str]:
-    if ran_again_ms is None:
+def _outage(outage_ms: float | None, expected: Expectation) -> list[str]:
+    if outage_ms is None:
         return ["the guest does not run"]
-    if expected.outage_s is not None and not expected.waits and ran_again_ms > 1000 * expected.outage_s:
-        return [f"the guest ran again only after {ran_again_ms:.0f} ms, more than {expected.outage_s:g} s"]
+    if expected.outage_s is not None and not expected.waits and outage_ms > 1000 * expected.outage_s:
+        return [f"the guest was away for {outage_ms:.0f} ms, more than {expected.outage_s:g} s"]
     return []
 
 

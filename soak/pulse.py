@@ -72,13 +72,15 @@ class Pulse:
             found.append(Silence(self.heard_ns, None))
         return found
 
-    def ran_again_ms(self, since_ns: int) -> float | None:
-        """From `since_ns` until the guest answered for good; 0 when it was never silent, None while it is."""
-        after = [one for one in self.silences() if one.ended_ns is None or one.ended_ns > since_ns]
-        if not after:
-            return 0.0
-        ended_ns = after[-1].ended_ns
-        return None if ended_ns is None else (ended_ns - since_ns) / 1e6
+    def outage_ms(self, since_ns: int) -> float | None:
+        """From `since_ns`, or from the beginning of a later silence, until the guest answered again: the longest such.
+
+        0 when it was never silent, None while it is.
+        """
+        outages = [(max(one.began_ns, since_ns), one.ended_ns) for one in self.silences()]
+        if any(ended_ns is None for _, ended_ns in outages):
+            return None
+        return max((max(0, ended_ns - began_ns) / 1e6 for began_ns, ended_ns in outages if ended_ns), default=0.0)
 
     def _beat(self) -> None:
         number, due = 0, time.monotonic()
@@ -112,11 +114,8 @@ class Pulse:
 
     def _judge(self, at_least_ns: int, at_most_ns: int) -> None:
         """The distance of the clocks as an answer bounds it; answers may overtake each other by what they took."""
-        if (
-            self._distance_ns is not None
-            and at_most_ns + CLOCKS_AGREE_NS < self._distance_ns
-            and not self.contradiction
-        ):
-            back_ms = (self._distance_ns - at_most_ns) / 1e6
-            self.contradiction = f"the guest's clock jumped ahead by {back_ms:.0f} ms: another copy answered"
-        self._distance_ns = max(at_least_ns, self._distance_ns or at_least_ns)
+        farthest_ns = self._distance_ns if self._distance_ns is not None else at_least_ns
+        if at_most_ns + CLOCKS_AGREE_NS < farthest_ns and not self.contradiction:
+            ahead_ms = (farthest_ns - at_most_ns) / 1e6
+            self.contradiction = f"the guest's clock jumped ahead by {ahead_ms:.0f} ms: another copy answered"
+        self._distance_ns = max(at_least_ns, farthest_ns)

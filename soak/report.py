@@ -49,8 +49,8 @@ def table(results: Mapping[str, Result]) -> str:
 
 LEGEND: Final = (
     "S, D: the guest ran at the source, the destination; lost: the fault ended its only copy. Then the milliseconds "
-    "from the fault until it answered again, 0 when it was never silent; w: it waited, paused, until the fault was "
-    "over; !: not as it must be."
+    "from the fault, or a later silence, until it answered again, 0 when it was never silent; w: it "
+    "waited, paused, until the fault was over; !: not as it must be."
 )
 _SHORT: Final = {"source": "S", "destination": "D", "nowhere": "lost", "": "?"}
 
@@ -61,7 +61,7 @@ def _entry(cell: Cell, results: Mapping[str, Result]) -> str:
     result = results.get(cell.name)
     if result is None:
         return NOT_RUN
-    after = "" if result.ran_again_ms is None else f" {result.ran_again_ms:.0f}"
+    after = "" if result.outage_ms is None else f" {result.outage_ms:.0f}"
     return f"{_SHORT[result.where]}{after}{' w' if result.waited else ''}{'' if result.ok else ' !'}"
 
 

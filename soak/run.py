@@ -24,7 +24,7 @@ from soak.cells import Cell, matrix, subset
 from soak.clients import Controllers
 from soak.scene import Scene
 
-LAB: Final = Path("/var/tmp/handoff-soak")
+LAB: Final = Path("/var/tmp/handoff-soak")  # noqa: S108
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,10 @@ Told = Callable[[Result], None]
 
 
 async def soak(fleet: Fleet, cells: Sequence[Cell], told: Told, until: float = float("inf")) -> None:
-    """Runs cells one after the other, on a fleet that it founds; `told` hears of each. Stops before `until` (monotonic)."""
+    """Runs cells one after the other, on a fleet that it founds; `told` hears of each.
+
+    Begins none after `until`, by the monotonic clock.
+    """
     guest = await asyncio.to_thread(found_fleet, fleet)
     async with Controllers(fleet.lab, controller_names()) as controllers:
         scene = Scene(fleet, controllers, guest)
@@ -91,7 +94,7 @@ def main(seed: int, count: int, only: tuple[str, ...], resume: bool, minutes: fl
     def told(result: Result) -> None:
         results[result.cell] = result
         report.save(report.FOLDER, results, seed)
-        after = "" if result.ran_again_ms is None else f", ran again after {result.ran_again_ms:.0f} ms"
+        after = "" if result.outage_ms is None else f", away for {result.outage_ms:.0f} ms"
         click.echo(f"{'ok    ' if result.ok else 'BROKEN'} {result.cell}: {result.where}{after} ({result.seconds} s)")
         for problem in result.problems:
             click.echo(f"         {problem}")

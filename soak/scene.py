@@ -122,7 +122,7 @@ class Scene:
 
 
 def raise_fleet(fleet: Fleet) -> None:
-    """Brings the fleet up; the hosts h1 and h2 keep what is theirs on a small disk of its own, so that it can be full."""
+    """Brings the fleet up. What is theirs, h1 and h2 keep on a small disk of their own, so that it can be full."""
     with fleet.lab.locked():
         fleet.lab.save_config(CONFIG)
     for name in HOSTS:

@@ -202,7 +202,7 @@ def subset(cells: Sequence[Cell], count: int, seed: int) -> tuple[Cell, ...]:
 
     The same seed gives the same cells. Faults that take their time come once; what else is needed are kills.
     """
-    dice = random.Random(seed)  # noqa: S311 - a choice of tests
+    dice = random.Random(seed)
     pool = list(cells)
     dice.shuffle(pool)
     pool.sort(key=cost_s)

@@ -44,7 +44,7 @@ class Witnesses:
         node, address = scene.fleet.node(OBSERVER), scene.guest.ip
         self._scene = scene
         self._control = GuestControl(node, address, CONTROL_S)
-        self.pulse = Pulse(node, address)
+        self.pulse = Pulse.within(node, address)
         self._session = TcpSession(node, address)
         self._writers = Writers(scene.image)
         self._stack = AsyncExitStack()

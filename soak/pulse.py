@@ -36,11 +36,10 @@ class Silence:
 class Pulse:
     """Use it as a context; `silences` and `contradiction` may be read at any time."""
 
-    def __init__(self, node: Node, address: str) -> None:
-        """Sends from `node` to the guest at `address`."""
-        with NetNamespace.of(node) as network:
-            self._socket = network.socket(kind=socket.SOCK_DGRAM)
-        self._socket.connect((address, ECHO_PORT))
+    def __init__(self, client: socket.socket, address: str, port: int = ECHO_PORT) -> None:
+        """Sends by `client`, a datagram socket that it takes over, to the guest at `address`."""
+        self._socket = client
+        self._socket.connect((address, port))
         self._socket.settimeout(INTERVAL_S)
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"pulse-{address}", daemon=True)
@@ -49,6 +48,12 @@ class Pulse:
         self.heard_ns = time.monotonic_ns()
         self.answers = 0
         self.contradiction = ""
+
+    @classmethod
+    def within(cls, node: Node, address: str) -> Self:
+        """Sends from `node`. Raises LabError when that is down."""
+        with NetNamespace.of(node) as network:
+            return cls(network.socket(kind=socket.SOCK_DGRAM), address)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -11,7 +11,6 @@ from handoff_lab.errors import LabError
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
 from handoff_lab.state import GuestRecord
-from soak.clients import Controllers
 from soak.leftovers import leftovers
 from soak.scene import CONFIG, HOSTS, Scene, raise_fleet
 
@@ -78,9 +77,9 @@ async def _ailments(scene: Scene) -> list[str]:
     return await leftovers(scene, guest.owner.host)
 
 
-async def renew(scene: Scene, controllers: Controllers) -> Scene:
+async def renew(scene: Scene) -> Scene:
     """Another fleet in place of one that is beyond help."""
     guest = await asyncio.to_thread(found_fleet, scene.fleet)
-    fresh = Scene(scene.fleet, controllers, guest)
+    fresh = Scene(scene.fleet, scene.controllers, guest)
     await wait_healthy(fresh)
     return fresh

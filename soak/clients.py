@@ -3,8 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import grpc.aio
 
@@ -51,12 +50,8 @@ class Controllers:
         self._channels = {name: open_channel(f"unix:{lab.controller_socket(name)}") for name in names}
         self.ask_first = names[0]
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def close(self) -> None:
+        """Closes the channels."""
         for channel in self._channels.values():
             await channel.close()
 

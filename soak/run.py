@@ -12,17 +12,13 @@ from pathlib import Path
 from typing import Final
 
 import click
-import grpc.aio
 
-from handoff_lab.errors import LabError
 from handoff_lab.fleet import Fleet
 from handoff_lab.state import DEFAULT_PREFIX, Lab
 from soak import report
-from soak.care import controller_names, found_fleet, mend, renew, wait_healthy
-from soak.cell_run import Result, run_cell
+from soak.cell_run import Result
 from soak.cells import Cell, matrix, subset
-from soak.clients import Controllers
-from soak.scene import Scene
+from soak.stage import Stage
 
 LAB: Final = Path("/var/tmp/handoff-soak")  # noqa: S108
 
@@ -47,29 +43,16 @@ class Choice:
         return random.Random(self.seed).sample(cells, len(cells))
 
 
-Told = Callable[[Result], None]
-
-
-async def soak(fleet: Fleet, cells: Sequence[Cell], told: Told, until: float = float("inf")) -> None:
+async def soak(fleet: Fleet, cells: Sequence[Cell], told: Callable[[Result], None], until: float) -> None:
     """Runs cells one after the other, on a fleet that it founds; `told` hears of each.
 
     Begins none after `until`, by the monotonic clock.
     """
-    guest = await asyncio.to_thread(found_fleet, fleet)
-    async with Controllers(fleet.lab, controller_names()) as controllers:
-        scene = Scene(fleet, controllers, guest)
-        await wait_healthy(scene)
+    async with Stage(fleet) as stage:
         for cell in cells:
             if time.monotonic() > until:
                 return
-            result = await run_cell(scene, cell)
-            try:
-                await mend(scene)
-            except (LabError, OSError, TimeoutError, grpc.aio.AioRpcError) as error:
-                result.problems.append(f"a new fleet was needed: {error}")
-                result.ok = False
-                scene = await renew(scene, controllers)
-            told(result)
+            told(await stage.run(cell))
 
 
 @click.command()

@@ -8,7 +8,7 @@ from typing import Final, assert_never
 
 from handoff_controller.etcd.lease import MIN_TTL_S
 from handoff_controller.machine import State
-from soak.faults import FAULTS, FREEZE_S, Blow, Cut, DiskFull, Fault, Lasting, Link, Struck, Victim, is_for_good
+from soak.faults import FAULTS, FREEZE_S, Blow, Cut, DiskFull, Fault, Lasting, Link, Struck, Victim
 from soak.moments import MOMENTS, Moment
 
 SWITCH_DEADLINE_S: Final = 2.0
@@ -228,9 +228,9 @@ def cost_s(cell: Cell) -> float:
     fault = cell.fault
     found = expectation(cell)
     boots_s = 6.0 if found is not None and found.where is Where.LOST else 0.0
-    if is_for_good(fault):
+    if isinstance(fault, Cut) and fault.lasting is Lasting.FOR_GOOD:
         # Before the pause the leader's whole patience has to run out.
-        quick = isinstance(fault, Cut) and fault.link is Link.BETWEEN_HOSTS and cell.moment in STANDS_STILL
+        quick = fault.link is Link.BETWEEN_HOSTS and cell.moment in STANDS_STILL
         return 2.0 if quick else 15.0 if cell.moment in STANDS_STILL else 45.0
     lasts = isinstance(fault, Cut) or (isinstance(fault, Struck) and fault.blow is Blow.FREEZE)
     waits_s = FREEZE_S if lasts else 0.0

@@ -96,4 +96,4 @@ FAULTS: Final[tuple[Fault, ...]] = (
 
 def is_for_good(fault: Fault) -> bool:
     """Whether it lasts until somebody mends it."""
-    return isinstance(fault, Cut) and fault.lasting is Lasting.FOR_GOOD
+    return isinstance(fault, DiskFull) or (isinstance(fault, Cut) and fault.lasting is Lasting.FOR_GOOD)

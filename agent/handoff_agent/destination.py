@@ -143,8 +143,8 @@ class DestinationHandoff(Handoff):
             if (await self._monitor.query_migrate(urgent=True)).status is MigrationStatus.NONE:
                 raise
 
-    async def activate(self) -> None:
-        """Runs the guest; ACTIVE on return, or FAILED.
+    async def activate(self, *, keep_paused: bool = False) -> None:
+        """Runs the guest, unless its user had paused it; ACTIVE on return, or FAILED.
 
         Raises DeadlineError or UnavailableError when it is not known whether it runs: it may be, or still come to it.
         Ask again then.
@@ -153,6 +153,8 @@ class DestinationHandoff(Handoff):
         async with self.lock:
             if not self.permits(Call.ACTIVATE):
                 return
+            if self.record.was_running is keep_paused:
+                await self.change(was_running=not keep_paused)
             if self.record.was_running:
                 await self._run_here(arrived + ACTIVATE_TIMEOUT_S, arrived_s)
             else:
@@ -244,6 +246,7 @@ class DestinationHandoff(Handoff):
         async with self.lock:
             if not self.permits(Call.FINALIZE):
                 return
+            ended = not await is_active(self._slot, self.record.domain_uuid)
             xml, autostart = self.record.persistent_xml, self.record.autostart
 
             def define(connection: libvirt.virConnect) -> None:
@@ -256,12 +259,15 @@ class DestinationHandoff(Handoff):
             if self.state == ACTIVE:
                 await self._tell_running()
             await each((companion.finalize() for companion in self.companions), self.log)
-            await self.change(state=FINALIZED)
+            await self.change(state=FINALIZED, ended=ended)
 
-    async def abort(self, reason: str) -> None:
-        """Destroys the domain. Raises as end_domain does, and what a companion raises."""
+    async def abort(self, reason: str, *, fenced: bool = False) -> None:
+        """Destroys the domain; one that runs only when this host was `fenced`, and the guest goes on elsewhere.
+
+        Raises as end_domain does, and what a companion raises.
+        """
         async with self.lock:
-            if not self.permits(Call.ABORT):
+            if not self.permits(Call.EVICT if fenced else Call.ABORT):
                 return
             self._stop_watching()
             await self._destroy()

@@ -62,6 +62,8 @@ class Record:
     activating: bool = False
     """Written before the guest is told to run: from here on its copy may have run."""
     never_ran: bool = False
+    ended: bool = False
+    """The guest ran here, and its QEMU had ended when the handoff did."""
     running_s: float = 0.0
     call_to_running_ms: float = 0.0
 

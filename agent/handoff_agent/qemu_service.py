@@ -155,7 +155,7 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
         """Runs the guest here."""
         await self._handoffs.admit(request.fence)
         destination = self._handoffs.destination(request.migration_id, Call.ACTIVATE)
-        await self._to_the_end(destination.activate())
+        await self._to_the_end(destination.activate(keep_paused=request.keep_paused))
         return pb.ActivateResponse(handoff=destination.to_message())
 
     async def ReleaseSource(  # noqa: N802
@@ -183,5 +183,7 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
     ) -> pb.AbortHandoffResponse:
         """Undoes one side."""
         await self._handoffs.admit(request.fence)
-        handoff = await self._to_the_end(self._handoffs.abort(request.migration_id, request.role, request.reason))
+        handoff = await self._to_the_end(
+            self._handoffs.abort(request.migration_id, request.role, request.reason, fenced=request.fenced)
+        )
         return pb.AbortHandoffResponse(handoff=handoff)

@@ -5,7 +5,12 @@ import asyncio
 import structlog
 
 from handoff.agent.v1.types_pb2 import Fence
-from handoff.controller.v1.migrations_pb2 import CreateMigrationRequest, CreateUpgradeRequest, Migration
+from handoff.controller.v1.migrations_pb2 import (
+    CreateMigrationRequest,
+    CreateUpgradeRequest,
+    Migration,
+    RecoverMigrationRequest,
+)
 from handoff_common.errors import (
     ConflictError,
     DeadlineError,
@@ -16,9 +21,11 @@ from handoff_common.errors import (
 )
 from handoff_controller.admission import admit
 from handoff_controller.agents import Agents
+from handoff_controller.decisions import Decision, check_decidable, is_taken
 from handoff_controller.driver import Driver
 from handoff_controller.etcd.client import EtcdClient
 from handoff_controller.etcd.election import Leadership
+from handoff_controller.fencing import FenceCommand
 from handoff_controller.fleet import Fleet
 from handoff_controller.machine import FINAL, state_of
 from handoff_controller.planner import Planner
@@ -50,6 +57,7 @@ class Conductor:
         self._planner = Planner(self._store, agents, self._fence)
         self._upgrades = UpgradePlanner(self._store, agents, self._fence)
         self._fleet = Fleet(agents, self._store, Settler(self._store, self._fence, self._is_driven))
+        self._fencing = FenceCommand(settings.fencing)
         self.rollouts = Rollouts(self._store, agents, self.create)
         self._drivers: dict[str, Driver] = {}
         self._admitted: dict[str, asyncio.Event] = {}
@@ -93,6 +101,20 @@ class Conductor:
         if state_of(migration) in FINAL:
             raise PreconditionError(f"migration {migration.id} is {state_of(migration).name} already")
         raise UnavailableError(f"migration {migration.id} is just being taken over; try again")
+
+    async def recover(self, request: RecoverMigrationRequest) -> Migration:
+        """Carries out what an operator decides; see RecoverMigration for what it raises."""
+        migration = await self._store.migration(request.id)
+        decision = Decision(request.target, request.by or "unknown", request.fenced_host, request.accept_loss)
+        driver = self._drivers.get(migration.id)
+        if driver is not None:
+            return await driver.recover(decision)
+        if is_taken(migration, decision):
+            return migration
+        check_decidable(migration, decision)
+        raise UnavailableError(
+            f"nobody works at migration {migration.id} at the moment: {migration.waiting_for or 'try again'}"
+        )
 
     async def _adopt_all(self) -> None:
         while True:
@@ -169,6 +191,7 @@ class Conductor:
             self._agents[migration.destination.host],
             self._fence,
             self._admitted[migration.id],
+            self._fencing,
         )
 
     async def _drive(self, migration_id: str) -> None:

@@ -16,6 +16,8 @@ from handoff.agent.v1.types_pb2 import Fence
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind
 from handoff_common.errors import HandoffError, PreconditionError, UnavailableError
 from handoff_controller.agents import Agent
+from handoff_controller.decisions import Decision, Decisions, check_decidable, is_taken
+from handoff_controller.fencing import Fencing
 from handoff_controller.forward import Forward
 from handoff_controller.journey import FIRST_PAUSE_S, SOURCE, TRANSIENT, Journey, Records, StepFailed
 from handoff_controller.machine import CANCELLABLE, FINAL, PHASES, Event, State, Step, enter, next_state, state_of
@@ -46,11 +48,13 @@ class Driver:
         destination: Agent,
         fence: Fence,
         admitted: asyncio.Event,
+        fencing: Fencing,
     ) -> None:
         """`admitted` is set once the migration may begin."""
         self._way = Journey(migration, records, source, destination, fence)
-        self._forward = Forward(self._way)
-        self._undo = Undo(self._way)
+        self._decisions = Decisions()
+        self._forward = Forward(self._way, self._decisions, fencing)
+        self._undo = Undo(self._way, self._decisions, fencing)
         self._records = records
         self._source = source
         self._destination = destination
@@ -74,8 +78,11 @@ class Driver:
 
     async def run(self) -> Migration:
         """Goes on until the state is final. Raises what `Records.save` raises: then another leader goes on."""
-        while (state := state_of(self.migration)) not in FINAL:
-            await self._advance(await self._perform(state))
+        try:
+            while (state := state_of(self.migration)) not in FINAL:
+                await self._advance(await self._perform(state))
+        finally:
+            self._decisions.close(self.migration)
         return self.migration
 
     async def cancel(self) -> Migration:
@@ -96,6 +103,13 @@ class Driver:
                 self._cancelled.set()
         return self.migration
 
+    async def recover(self, decision: Decision) -> Migration:
+        """Carries out an operator's decision. Raises PreconditionError when it is unsafe, or needless."""
+        if not is_taken(self.migration, decision):
+            check_decidable(self.migration, decision)
+            await self._decisions.ask(decision)
+        return self.migration
+
     async def wait_for(self, reason: str) -> None:
         """Notes in the record what a planned migration waits for."""
         async with self._lock:
@@ -114,6 +128,7 @@ class Driver:
             state = next_state(before, work.event)
             changed = enter(self.migration, state, at=datetime.now(UTC), term=self._fence.term, reason=work.reason)
             self.migration = await self._records.save(changed)
+        self._decisions.recorded()
         if state is State.COMMITTED:
             self._way.committed_at = asyncio.get_running_loop().time()
             if self._way.held_at is not None:
@@ -255,6 +270,7 @@ class Driver:
         handoff = await self._watch_source(frozenset({HandoffState.HANDOFF_STATE_HELD}), PATIENCE_S[State.SWITCHING])
         # Another leader, or a watch that was lost, may have missed the moment itself.
         self._way.held_at = asyncio.get_running_loop().time() - handoff.switch_timings.held_for_ms / 1000
+        self.migration.stays_paused = not handoff.was_running
         outcome = self.migration.outcome
         outcome.paused_time.CopyFrom(handoff.switch_timings.paused_time)
         outcome.paused_to_held_ms = handoff.switch_timings.paused_to_held_ms

@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Protocol, TypeVar
 
 import structlog
 
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState, TransferProgress
 from handoff.agent.v1.types_pb2 import Fence
-from handoff.controller.v1.migrations_pb2 import Migration
+from handoff.controller.v1.migrations_pb2 import GuestLoss, Migration
 from handoff_common.errors import DeadlineError, HandoffError, UnavailableError
 from handoff_controller.agents import Agent
 
@@ -52,6 +53,36 @@ class Journey:
         """When the source was held, by the loop's clock; None when another leader saw it."""
         self.committed_at: float | None = None
         self.log = log.bind(migration=migration.id, guest=migration.guest_name, term=fence.term)
+
+    @property
+    def at_source(self) -> str:
+        """Name of the source's host."""
+        return self.migration.source.host
+
+    @property
+    def at_destination(self) -> str:
+        """Name of the destination's host."""
+        return self.migration.destination.host
+
+    async def note(self, change: Callable[[Migration], None]) -> None:
+        """Changes the record, and saves it unless it was so before. Raises what Records.save raises."""
+        async with self.lock:
+            changed = Migration()
+            changed.CopyFrom(self.migration)
+            change(changed)
+            if changed != self.migration:
+                self.migration = await self.records.save(changed)
+
+    async def need_decision(self, sentence: str) -> None:
+        """Tells the operator, in the record, what to decide."""
+        if sentence != self.migration.needs_decision:
+            self.log.error("a decision is needed", sentence=sentence)
+        await self.note(lambda migration: setattr(migration, "needs_decision", sentence))
+
+    def lose(self, host: str, reason: str, *, certain: bool, since: datetime) -> None:
+        """Says in the record that the guest does not run at `host`, or may not, for whoever saves it next."""
+        self.migration.loss.CopyFrom(GuestLoss(host=host, reason=reason, certain=certain))
+        self.migration.loss.time.FromDatetime(since)
 
     def warn(self, warning: str) -> None:
         """Adds a warning to the record, for whoever saves it next."""

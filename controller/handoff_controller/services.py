@@ -36,6 +36,8 @@ from handoff.controller.v1.migrations_pb2 import (
     GetMigrationResponse,
     ListMigrationsRequest,
     ListMigrationsResponse,
+    RecoverMigrationRequest,
+    RecoverMigrationResponse,
     WatchMigrationRequest,
     WatchMigrationResponse,
 )
@@ -140,6 +142,15 @@ class MigrationsService(migrations_pb2_grpc.MigrationsServiceServicer):
         return await self._link.forward(
             context,
             lambda leader, timeout, via: leader.CancelMigration(request, timeout=timeout, metadata=via),
+        )
+
+    async def RecoverMigration(self, request: RecoverMigrationRequest, context: Context) -> RecoverMigrationResponse:  # noqa: N802
+        """Leader only."""
+        if (conductor := self._link.leading()) is not None:
+            return RecoverMigrationResponse(migration=await conductor.recover(request))
+        return await self._link.forward(
+            context,
+            lambda leader, timeout, via: leader.RecoverMigration(request, timeout=timeout, metadata=via),
         )
 
     async def GetMigration(self, request: GetMigrationRequest, context: Context) -> GetMigrationResponse:  # noqa: N802

@@ -64,6 +64,7 @@ def encode(message: Message) -> bytes:
         kept.ClearField("progress")
     if isinstance(kept, Guest):
         kept.ClearField("domain")
+        kept.needs_decision = ""
     return MessageToJson(kept, preserving_proto_field_name=True, indent=None).encode()
 
 
@@ -93,6 +94,9 @@ def guest_after(guest: Guest, migration: Migration) -> Guest:
         changed.generation += 1
     if state in FINAL and changed.active_migration == migration.id:
         changed.active_migration = ""
+        changed.ClearField("loss")
+        if migration.HasField("loss"):
+            changed.loss.CopyFrom(migration.loss)
     return changed
 
 

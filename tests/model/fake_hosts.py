@@ -231,7 +231,9 @@ class FakeHost:
 
         return await self._order(fence, Call.FINALIZE, migration_id, DESTINATION, work)
 
-    async def abort(self, fence: Fence, migration_id: str, role: Role, reason: str) -> pb.Handoff:
+    async def abort(
+        self, fence: Fence, migration_id: str, role: Role, reason: str, *, fenced: bool = False
+    ) -> pb.Handoff:
         async def work(handoff: pb.Handoff) -> None:
             if role == SOURCE:
                 if self.copy is Copy.PAUSED:
@@ -242,7 +244,8 @@ class FakeHost:
                 self._guest.set(self.name, Copy.GONE)
             self._to(handoff, ABORTED, reason)
 
-        return await self._order(fence, Call.ABORT, migration_id, role, work)
+        is_evicted = fenced and role == DESTINATION
+        return await self._order(fence, Call.EVICT if is_evicted else Call.ABORT, migration_id, role, work)
 
     async def _order(
         self, fence: Fence, call: Call, migration_id: str, role: Role, work: Callable[[pb.Handoff], Awaitable[None]]
@@ -255,7 +258,9 @@ class FakeHost:
             verdict = judge(call, role, known.state if known else None)
             if verdict.answer is Answer.REFUSE:
                 raise PreconditionError(verdict.message)
-            handoff = known or pb.Handoff(migration_id=migration_id, role=role, domain_uuid=UUID, domain_name=NAME)
+            handoff = known or pb.Handoff(
+                migration_id=migration_id, role=role, domain_uuid=UUID, domain_name=NAME, was_running=True
+            )
             if verdict.answer is Answer.PROCEED:
                 if asyncio.get_running_loop().time() < self._frozen_until:
                     await self._time_out(call, handoff)

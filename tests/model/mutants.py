@@ -77,5 +77,9 @@ MUTANTS: dict[str, tuple[Mutant, tuple[Trouble, ...]]] = {
     ),
     "an abort before it is recorded": (Mutant(driver=AbortsBeforeItIsRecorded), ()),
     "a destination that runs before the commit": (Mutant(driver=ActivatesBeforeTheCommit), ()),
+    "a fence command that does not fence": (
+        Mutant(fences=False),
+        (Trouble(AT_THE_COMMIT + 1, Kind.DESTINATION_CUT, 0.003, 40.0),),
+    ),
     "a source released without proof": (Mutant(driver=ReleasesWithoutProof), ()),
 }

@@ -337,7 +337,7 @@ async def test_a_paused_guest_moves_paused(move: Move) -> None:
     await move.source.slot.on_domain(move.guest, lambda domain: domain.suspend())
     await move.advance(HELD)
     destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
-    await destination.activate()
+    await destination.activate(keep_paused=True)
     assert destination.state == ACTIVE
     assert await Monitor(move.target.slot, move.guest).query_status() == "paused"
 

@@ -69,7 +69,7 @@ class InstantAgent:
     async def switch_over(self, fence: Fence, migration_id: str) -> Handoff:
         return await self._do("switch_over", migration_id, HandoffState.HANDOFF_STATE_HELD)
 
-    async def activate(self, fence: Fence, migration_id: str) -> Handoff:
+    async def activate(self, fence: Fence, migration_id: str, *, keep_paused: bool = False) -> Handoff:
         return await self._do("activate", migration_id, HandoffState.HANDOFF_STATE_ACTIVE)
 
     async def release_source(self, fence: Fence, migration_id: str) -> Handoff:
@@ -81,7 +81,9 @@ class InstantAgent:
         self._domains[moved.uuid] = moved
         return await self._do("finalize_destination", migration_id, HandoffState.HANDOFF_STATE_FINALIZED)
 
-    async def abort(self, fence: Fence, migration_id: str, role: "HandoffRole.ValueType", reason: str) -> Handoff:
+    async def abort(
+        self, fence: Fence, migration_id: str, role: "HandoffRole.ValueType", reason: str, *, fenced: bool = False
+    ) -> Handoff:
         return await self._do("abort", migration_id, HandoffState.HANDOFF_STATE_ABORTED)
 
     async def watch(self, migration_id: str, role: "HandoffRole.ValueType") -> AsyncGenerator[Handoff, None]:
@@ -103,7 +105,7 @@ class InstantAgent:
         return self._handoff(migration_id)
 
     def _handoff(self, migration_id: str) -> Handoff:
-        return Handoff(migration_id=migration_id, state=self._states[migration_id])
+        return Handoff(migration_id=migration_id, state=self._states[migration_id], was_running=True)
 
 
 class InstantAgents:

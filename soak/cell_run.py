@@ -110,13 +110,18 @@ async def _held(scene: Scene, moment: Moment) -> tuple[Cast, Hold]:
 
 async def _last(scene: Scene, expected: Expectation, migration_id: str, witnesses: Witnesses, result: Result) -> None:
     """Waits while a fault lasts, until the migration is final, or says what it waits for."""
-    migration = await scene.controllers.until(
-        migration_id, lambda record: state_of(record) in FINAL or bool(record.warnings), TOLD_S
-    )
+    migration = await scene.controllers.until(migration_id, _is_told, TOLD_S)
     await asyncio.sleep(SETTLES_S)
     result.waited = not witnesses.runs()
     if result.waited and not expected.waits:
         result.problems.append(f"the guest does not run while the fault lasts: {story(migration)}")
+    if result.waited and not migration.needs_decision:
+        result.problems.append(f"the guest waits, and nobody is told what to decide: {story(migration)}")
+
+
+def _is_told(migration: Migration) -> bool:
+    """It is final, or says what keeps it."""
+    return state_of(migration) in FINAL or bool(migration.warnings or migration.needs_decision)
 
 
 async def _comes_to_rest(witnesses: Witnesses, expected: Expectation) -> None:

@@ -186,4 +186,4 @@ class AgentSide:
 def story(migration: Migration) -> str:
     """A migration in a line."""
     states = " → ".join(State(change.state).name for change in migration.timeline)
-    return f"{states}: {migration.error} {list(migration.warnings)}"
+    return f"{states}: {migration.error} {list(migration.warnings)} {migration.needs_decision}"

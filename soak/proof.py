@@ -156,6 +156,12 @@ async def record_problems(scene: Scene, cast: Cast, migration: Migration, home: 
         problems.append(f"the record says {state.name}, and the guest is at {home}: {story(migration)}")
     if state is State.ABORTED and not migration.error:
         problems.append("the record does not say why it was aborted")
+    if migration.needs_decision:
+        problems.append(f"the record still asks for a decision: {migration.needs_decision}")
+    if home is None and state is State.DONE and not migration.loss.certain:
+        problems.append(f"the guest is gone, and the record does not say so: {story(migration)}")
+    if home is not None and migration.HasField("loss"):
+        problems.append(f"the guest is there, and the record has it as lost: {migration.loss.reason}")
     try:
         guest = await scene.controllers.guest(scene.guest.uuid)
     except grpc.aio.AioRpcError as error:

@@ -10,6 +10,7 @@ import grpc.aio
 from handoff.agent.v1.qemu_pb2 import (
     Handoff,
     HandoffRole,
+    HandoffState,
     ListDomainsRequest,
     ListHandoffsRequest,
     WatchHandoffRequest,
@@ -153,12 +154,14 @@ class AgentSide:
             call = QemuServiceStub(channel).WatchHandoff(
                 WatchHandoffRequest(migration_id=migration_id, role=role), timeout=deadline_s
             )
+            last = "unknown"
             try:
                 async for response in call:
                     if response.handoff.state in states:
                         return response.handoff
+                    last = f"{HandoffState.Name(response.handoff.state)} ({response.handoff.progress.decision})"
             except grpc.aio.AioRpcError as error:
-                raise Missed(f"the agent's side of {migration_id}: {error.details()}") from error
+                raise Missed(f"the agent's side of {migration_id} is {last}: {error.details()}") from error
             finally:
                 call.cancel()
         raise Missed(f"the agent's side of {migration_id} ended")

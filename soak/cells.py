@@ -8,7 +8,19 @@ from typing import Final, assert_never
 
 from handoff_controller.etcd.lease import MIN_TTL_S
 from handoff_controller.machine import State
-from soak.faults import FAULTS, FREEZE_S, Blow, Cut, DiskFull, Fault, Lasting, Link, Struck, Victim
+from soak.faults import (
+    FAULTS,
+    FREEZE_S,
+    Blow,
+    Cut,
+    DiskFull,
+    Fault,
+    KilledTogether,
+    Lasting,
+    Link,
+    Struck,
+    Victim,
+)
 from soak.moments import MOMENTS, Moment
 
 SWITCH_DEADLINE_S: Final = 2.0
@@ -73,6 +85,8 @@ def expectation(cell: Cell) -> Expectation | None:
     match cell.fault:
         case Struck(victim, blow):
             return _struck(cell.moment, victim, blow)
+        case KilledTogether():
+            return _killed_together(cell.moment)
         case Cut(link, lasting):
             return _cut(cell.moment, link, lasting)
         case DiskFull():
@@ -138,6 +152,13 @@ def _destination_qemu(moment: Moment, blow: Blow) -> Expectation | None:
         return Expectation(Where.DESTINATION, FREEZE_S + SLACK_S)
     where = Where.SOURCE if moment in (Moment.PAUSED, Moment.ABORTING) else Where.EITHER
     return Expectation(where, SWITCH_DEADLINE_S + 1.0 + SLACK_S)
+
+
+def _killed_together(moment: Moment) -> Expectation | None:
+    alone = _destination_qemu(moment, Blow.KILL)
+    if alone is None or alone.outage_s is None:
+        return alone
+    return Expectation(alone.where, MIN_TTL_S + 2.0 + SLACK_S if moment in STANDS_STILL else alone.outage_s)
 
 
 def _cut(moment: Moment, link: Link, lasting: Lasting) -> Expectation:
@@ -235,5 +256,7 @@ def cost_s(cell: Cell) -> float:
     lasts = isinstance(fault, Cut) or (isinstance(fault, Struck) and fault.blow is Blow.FREEZE)
     waits_s = FREEZE_S if lasts else 0.0
     planned_s = 3.0 if cell.moment is Moment.PLANNED else 0.0
-    leads_s = float(MIN_TTL_S) if isinstance(fault, Struck) and fault.victim is Victim.LEADER else 0.0
+    victims = fault.victims if isinstance(fault, KilledTogether) else ()
+    victims = (fault.victim,) if isinstance(fault, Struck) else victims
+    leads_s = float(MIN_TTL_S) if Victim.LEADER in victims else 0.0
     return boots_s + max(waits_s, leads_s) + planned_s

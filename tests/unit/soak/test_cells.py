@@ -4,7 +4,7 @@ import pytest
 
 from handoff_controller.machine import FINAL, PHASES, State
 from soak.cells import Cell, Where, cost_s, expectation, home, matrix, subset
-from soak.faults import FAULTS, Blow, Cut, Lasting, Link, Struck, Victim, is_for_good
+from soak.faults import FAULTS, Blow, Cut, KilledTogether, Lasting, Link, Struck, Victim, is_for_good
 from soak.moments import MOMENTS, STATE_OF, Moment
 
 KILLED = {victim: Struck(victim, Blow.KILL) for victim in Victim}
@@ -13,6 +13,7 @@ NEVER = [
     # (moment, fault) for which there is nothing to break.
     (Moment.PLANNED, KILLED[Victim.DESTINATION_QEMU]),
     (Moment.PLANNED, FROZEN[Victim.DESTINATION_QEMU]),
+    (Moment.PLANNED, KilledTogether()),
 ]
 
 
@@ -46,7 +47,12 @@ def test_only_the_death_of_the_copy_that_counts_loses_a_guest(cell: Cell) -> Non
     found = expectation(cell)
     assert found is not None
     before_held = cell.moment not in (Moment.HELD, Moment.COMMITTED, Moment.FINISHING)
-    fatal = {KILLED[Victim.SOURCE_QEMU]: before_held, KILLED[Victim.DESTINATION_QEMU]: cell.moment is Moment.FINISHING}
+    runs_there = cell.moment is Moment.FINISHING
+    fatal = {
+        KILLED[Victim.SOURCE_QEMU]: before_held,
+        KILLED[Victim.DESTINATION_QEMU]: runs_there,
+        KilledTogether(): runs_there,
+    }
     assert (found.where is Where.LOST) is fatal.get(cell.fault, False)
     assert (found.outage_s is None) is (found.where is Where.LOST)
 

@@ -52,6 +52,8 @@ class Result:
     """How many migrations it took to hold one at the moment."""
     problems: list[str] = field(default_factory=list)
     migration: str = ""
+    story: str = ""
+    """Its states, its error, its warnings."""
 
 
 async def run_cell(scene: Scene, cell: Cell) -> Result:
@@ -86,7 +88,7 @@ async def _run(scene: Scene, cell: Cell, expected: Expectation, result: Result) 
         finally:
             await injection.heal()
         migration = await scene.controllers.ends(hold.migration_id, ENDS_S)
-        result.state = state_of(migration).name
+        result.state, result.story = state_of(migration).name, story(migration)
         if not _was_in(migration, cell.moment, injection.at_s):
             result.problems.append(f"the fault did not strike in {cell.moment}: {story(migration)}")
         await _comes_to_rest(witnesses, expected)

@@ -73,6 +73,8 @@ class Hold:
                 await self._paused()
             case Moment.HELD:
                 await self._ordered()
+                # We may hear of the leader's write before the leader does; frozen then, it would never go on.
+                await asyncio.sleep(LEADER_HEARS_S)
                 self._freeze_all(self._cast.etcd_pids)
                 self._thaw(Victim.SOURCE_AGENT)
                 await self._source_is(HandoffState.HANDOFF_STATE_HELD)
@@ -123,9 +125,7 @@ class Hold:
         await self._source_is(HandoffState.HANDOFF_STATE_TRANSFERRING, HandoffState.HANDOFF_STATE_READY)
 
     async def _ordered(self) -> None:
-        await self._create(FAST_BYTES_PER_S)
-        await self._find_destination_qemu()
-        await self._in(State.COPYING)
+        await self._copying(FAST_BYTES_PER_S)
         self._freeze_all(self._cast.etcd_pids)
         await self._source_is(HandoffState.HANDOFF_STATE_READY)
         await asyncio.sleep(LEADER_HEARS_S)

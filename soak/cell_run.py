@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import grpc.aio
-import structlog
 
 from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_controller.machine import FINAL, State, state_of
@@ -19,8 +18,6 @@ from soak.inject import Injection
 from soak.moments import STATE_OF, Moment
 from soak.proof import Findings, Witnesses, judge
 from soak.scene import Cast, Scene
-
-log = structlog.get_logger()
 
 TOLD_S: Final = 60.0
 """How long a migration may take until it is final, or says what it waits for, while the fault lasts."""
@@ -48,8 +45,6 @@ class Result:
     waited: bool = False
     """While the fault lasted the guest stood still, and the record said why."""
     seconds: float = 0.0
-    attempts: int = 1
-    """How many migrations it took to hold one at the moment."""
     problems: list[str] = field(default_factory=list)
     migration: str = ""
     story: str = ""
@@ -75,7 +70,7 @@ async def run_cell(scene: Scene, cell: Cell) -> Result:
 
 async def _run(scene: Scene, cell: Cell, expected: Expectation, result: Result) -> None:
     async with Witnesses(scene) as witnesses:
-        cast, hold = await _held(scene, cell.moment, result)
+        cast, hold = await _held(scene, cell.moment)
         injection = Injection(scene, cast, cell.fault, hold.destination_qemu)
         try:
             await injection.strike()
@@ -97,7 +92,7 @@ async def _run(scene: Scene, cell: Cell, expected: Expectation, result: Result) 
     _note(findings, result)
 
 
-async def _held(scene: Scene, moment: Moment, result: Result) -> tuple[Cast, Hold]:
+async def _held(scene: Scene, moment: Moment) -> tuple[Cast, Hold]:
     """A migration that is held at the moment. One that slipped through did not have its fault: the next one has."""
     for left in reversed(range(ATTEMPTS)):
         cast = await scene.cast()
@@ -108,8 +103,6 @@ async def _held(scene: Scene, moment: Moment, result: Result) -> tuple[Cast, Hol
             await hold.release()
             if not isinstance(error, Missed) or not left or not hold.migration_id:
                 raise
-            result.attempts += 1
-            log.warning("the moment slipped by", moment=str(moment), why=str(error))
             await scene.controllers.ends(hold.migration_id, ENDS_S)
             await hold.end()
         else:

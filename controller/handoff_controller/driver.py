@@ -19,7 +19,7 @@ from handoff_controller.agents import Agent
 from handoff_controller.decisions import Decision, Decisions, check_decidable, is_taken
 from handoff_controller.fencing import Fencing
 from handoff_controller.forward import Forward
-from handoff_controller.journey import DESTINATION, FIRST_PAUSE_S, SOURCE, TRANSIENT, Journey, Records, StepFailed
+from handoff_controller.journey import FIRST_PAUSE_S, SOURCE, TRANSIENT, Journey, Records, StepFailed
 from handoff_controller.machine import CANCELLABLE, FINAL, PHASES, Event, State, Step, enter, next_state, state_of
 from handoff_controller.undo import Undo
 
@@ -182,7 +182,6 @@ class Driver:
             Step.PREPARE_DESTINATION: self._prepare_destination,
             Step.START_TRANSFER: self._start_transfer,
             Step.AWAIT_READY: self._await_ready,
-            Step.AWAIT_DESTINATION: self._await_destination,
             Step.SWITCH_OVER: self._switch_over,
             Step.AWAIT_HELD: self._await_held,
             Step.ACTIVATE: self._forward.activate,
@@ -261,17 +260,6 @@ class Driver:
             PATIENCE_S[State.COPYING],
             publish=True,
         )
-
-    async def _await_destination(self) -> None:
-        """Makes sure that the destination still waits for the guest, before that stops."""
-        handoff = await self._insist(self._seen_at_destination, PATIENCE_S[State.COPYING])
-        if handoff.state != HandoffState.HANDOFF_STATE_PREPARED:
-            there = self.migration.destination.host
-            raise StepFailed(handoff.message or f"{there} does not wait for the guest any more")
-
-    async def _seen_at_destination(self) -> Handoff:
-        async with aclosing(self._destination.watch(self.migration.id, DESTINATION)) as states:
-            return await anext(states)
 
     async def _switch_over(self) -> None:
         await self._insist(

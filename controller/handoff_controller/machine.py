@@ -40,7 +40,6 @@ class Step(StrEnum):
     PREPARE_DESTINATION = auto()
     START_TRANSFER = auto()
     AWAIT_READY = auto()
-    AWAIT_DESTINATION = auto()
     SWITCH_OVER = auto()
     AWAIT_HELD = auto()
     ACTIVATE = auto()
@@ -81,12 +80,7 @@ PHASES: Mapping[State, Phase] = {
     State.PREPARING: Phase(
         (Step.PREPARE_SOURCE, Step.PREPARE_DESTINATION), completed=State.COPYING, failed=State.ABORTING
     ),
-    # The destination has been on its own since it was prepared: one that is out of reach then must not get the guest.
-    State.COPYING: Phase(
-        (Step.START_TRANSFER, Step.AWAIT_READY, Step.AWAIT_DESTINATION),
-        completed=State.SWITCHING,
-        failed=State.ABORTING,
-    ),
+    State.COPYING: Phase((Step.START_TRANSFER, Step.AWAIT_READY), completed=State.SWITCHING, failed=State.ABORTING),
     State.SWITCHING: Phase((Step.SWITCH_OVER, Step.AWAIT_HELD), completed=State.COMMITTED, failed=State.ABORTING),
     State.COMMITTED: Phase((Step.ACTIVATE,), completed=State.FINISHING, failed=None, fenced=State.ABORTING),
     State.FINISHING: Phase(

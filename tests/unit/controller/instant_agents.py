@@ -19,6 +19,8 @@ class InstantAgent:
         self.may_copy = asyncio.Event()
         self.away: set[str] = set()
         """Calls that are not answered; "all" stands for every one."""
+        self.away_from_activate: set[str] = set()
+        """The same, from the moment that it is told to run the guest."""
         self.ends_as_resumed = False
         """A guest that it is told to run ends, and may have run."""
         self.handoffs: list[Handoff] = []
@@ -81,6 +83,7 @@ class InstantAgent:
         return await self._do("switch_over", migration_id, HandoffState.HANDOFF_STATE_HELD)
 
     async def activate(self, fence: Fence, migration_id: str, *, keep_paused: bool = False) -> Handoff:
+        self.away |= self.away_from_activate
         if self.ends_as_resumed:
             handoff = await self._do("activate", migration_id, HandoffState.HANDOFF_STATE_FAILED)
             handoff.message = "its QEMU ended as it was told to run"

@@ -107,13 +107,14 @@ def recover(
 
 
 async def test_a_silent_destination_is_left_to_the_operator(fleet: Fleet) -> None:
-    fleet.h2.away = {"activate", "watch"}
+    fleet.h2.away_from_activate = {"activate", "watch"}
     async with fleet.led() as conductor:
         waiting = await fleet.stands_still(conductor)
         guest = await fleet.reader.guest("web")
         with pytest.raises(PreconditionError, match="--i-have-fenced h2"):
             await conductor.recover(recover())
 
+        fleet.h2.away_from_activate = set()
         fleet.h2.away = set()
         done = await fleet.ends()
 
@@ -125,7 +126,7 @@ async def test_a_silent_destination_is_left_to_the_operator(fleet: Fleet) -> Non
 
 
 async def test_back_to_the_source_by_the_operators_word(fleet: Fleet) -> None:
-    fleet.h2.away = {"activate", "watch", "abort", "fence"}
+    fleet.h2.away_from_activate = {"activate", "watch", "abort", "fence"}
     async with fleet.led() as conductor:
         await fleet.stands_still(conductor)
         with pytest.raises(InvalidArgumentError, match="on h2, not on h1"):
@@ -159,7 +160,7 @@ async def test_an_agent_that_answers_is_not_fenced(fleet: Fleet) -> None:
 
 async def test_back_to_the_source_by_the_fence_command(fleet: Fleet) -> None:
     fleet.has_fence_command()
-    fleet.h2.away = {"activate", "watch", "abort", "fence"}
+    fleet.h2.away_from_activate = {"activate", "watch", "abort", "fence"}
     async with fleet.led() as conductor:
         waiting = await fleet.stands_still(conductor)
         await conductor.recover(recover())
@@ -172,7 +173,7 @@ async def test_back_to_the_source_by_the_fence_command(fleet: Fleet) -> None:
 
 async def test_a_fence_that_fails_changes_nothing(fleet: Fleet) -> None:
     fleet.has_fence_command(status=1)
-    fleet.h2.away = {"activate", "watch"}
+    fleet.h2.away_from_activate = {"activate", "watch"}
     async with fleet.led() as conductor:
         await fleet.stands_still(conductor)
         with pytest.raises(PreconditionError, match="h2 is not fenced"):
@@ -182,7 +183,7 @@ async def test_a_fence_that_fails_changes_nothing(fleet: Fleet) -> None:
 
 async def test_fenced_unasked_after_a_while_if_so_configured(fleet: Fleet) -> None:
     fleet.has_fence_command(automatic_after_s=0.5)
-    fleet.h2.away = {"activate", "watch", "abort", "fence"}
+    fleet.h2.away_from_activate = {"activate", "watch", "abort", "fence"}
     async with fleet.led() as conductor:
         await fleet.stands_still(conductor)
         aborted = await fleet.ends()
@@ -192,11 +193,12 @@ async def test_fenced_unasked_after_a_while_if_so_configured(fleet: Fleet) -> No
 
 async def test_who_decides_to_wait_is_not_overruled_by_the_fence(fleet: Fleet) -> None:
     fleet.has_fence_command(automatic_after_s=1.0)
-    fleet.h2.away = {"activate", "watch"}
+    fleet.h2.away_from_activate = {"activate", "watch"}
     async with fleet.led() as conductor:
         await fleet.stands_still(conductor)
         waits = await conductor.recover(recover(DESTINATION))
         await asyncio.sleep(1.5)
+        fleet.h2.away_from_activate = set()
         fleet.h2.away = set()
         done = await fleet.ends()
 

@@ -25,6 +25,7 @@ from handoff.controller.v1.migrations_pb2 import (
     ListMigrationsResponse,
     Migration,
     MigrationKind,
+    RecoverMigrationRequest,
     WatchMigrationRequest,
     WatchMigrationResponse,
 )
@@ -36,6 +37,10 @@ from handoff_common.errors import HandoffError, InvalidArgumentError, Preconditi
 
 if TYPE_CHECKING:
     WatchCall = grpc.aio.UnaryStreamCall[WatchMigrationRequest, WatchMigrationResponse]
+
+
+# A decision may have to wait for the fence command.
+RECOVER_S = 60.0
 
 
 def new_request_id(now: datetime) -> str:
@@ -144,6 +149,13 @@ class Controllers:
         request = CancelMigrationRequest(id=beginning)
         response = await self._failover.write(
             lambda channel, s: MigrationsServiceStub(channel).CancelMigration(request, timeout=s)
+        )
+        return response.migration
+
+    async def recover(self, request: RecoverMigrationRequest) -> Migration:
+        """Takes a decision. Safe to repeat: a decision that is taken is answered with the migration."""
+        response = await self._failover.write(
+            lambda channel, s: MigrationsServiceStub(channel).RecoverMigration(request, timeout=s), try_s=RECOVER_S
         )
         return response.migration
 

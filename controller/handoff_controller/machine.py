@@ -40,6 +40,7 @@ class Step(StrEnum):
     PREPARE_DESTINATION = auto()
     START_TRANSFER = auto()
     AWAIT_READY = auto()
+    CONFIRM_DESTINATION = auto()
     SWITCH_OVER = auto()
     AWAIT_HELD = auto()
     ACTIVATE = auto()
@@ -81,7 +82,11 @@ PHASES: Mapping[State, Phase] = {
         (Step.PREPARE_SOURCE, Step.PREPARE_DESTINATION), completed=State.COPYING, failed=State.ABORTING
     ),
     State.COPYING: Phase((Step.START_TRANSFER, Step.AWAIT_READY), completed=State.SWITCHING, failed=State.ABORTING),
-    State.SWITCHING: Phase((Step.SWITCH_OVER, Step.AWAIT_HELD), completed=State.COMMITTED, failed=State.ABORTING),
+    State.SWITCHING: Phase(
+        (Step.CONFIRM_DESTINATION, Step.SWITCH_OVER, Step.AWAIT_HELD),
+        completed=State.COMMITTED,
+        failed=State.ABORTING,
+    ),
     State.COMMITTED: Phase((Step.ACTIVATE,), completed=State.FINISHING, failed=None, fenced=State.ABORTING),
     State.FINISHING: Phase(
         (Step.FINALIZE_DESTINATION, Step.RELEASE_SOURCE), completed=State.DONE, failed=None, concurrent=True

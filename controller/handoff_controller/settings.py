@@ -33,7 +33,7 @@ class FencingSettings(Settings):
         default=(),
         description='command that turns a host off, "{host}" in it is its name; status 0: it is off for certain',
     )
-    deadline_s: float = Field(default=30.0, gt=0, description="how long it may take")
+    deadline_s: float = Field(default=20.0, gt=0, description="how long it may take")
     automatic_after_s: float = Field(
         default=0.0,
         ge=0,

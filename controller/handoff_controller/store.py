@@ -325,6 +325,11 @@ class Store(Reader):
         saved.revision = await self._write([unchanged], [put(key, encode(rollout))])
         return saved
 
+    async def forget(self, migration: Migration) -> None:
+        """Deletes the record of a migration that has ended. Raises ConflictError when it changed."""
+        key = MIGRATIONS + migration.id
+        await self._write([modified_at(key, migration.revision)], [delete(key), delete(PROGRESS + migration.id)])
+
     async def delete_guest(self, guest: Guest) -> None:
         """Forgets a guest that is gone. Raises ConflictError when its record changed."""
         key = GUESTS + guest.uuid

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from handoff.agent.v1.host_pb2 import Host, Slot, WatchEventsResponse
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState, SourceGuest, TransferLimits, TransferMethod
 from handoff.agent.v1.types_pb2 import Domain, Fence
-from handoff_common.errors import NotFoundError
+from handoff_common.errors import NotFoundError, UnavailableError
 
 
 class InstantAgent:
@@ -17,20 +17,33 @@ class InstantAgent:
         self.address = f"{name}:7701"
         self.calls: list[tuple[str, str]] = []
         self.may_copy = asyncio.Event()
+        self.away: set[str] = set()
+        """Calls that are not answered; "all" stands for every one."""
+        self.away_from_activate: set[str] = set()
+        """The same, from the moment that it is told to run the guest."""
+        self.ends_as_resumed = False
+        """A guest that it is told to run ends, and may have run."""
+        self.handoffs: list[Handoff] = []
+        """What it lists; by default nothing is left."""
         self._domains = {domain.uuid: domain for domain in domains}
         self._moving: dict[str, Domain] = {}
         self._states: dict[str, HandoffState.ValueType] = {}
         self._messages: dict[str, str] = {}
         self._changed = asyncio.Condition()
 
+    def _must_be_there(self, call: str) -> None:
+        if self.away & {call, "all"}:
+            raise UnavailableError(f"{self.name} can't be reached")
+
     async def get_host(self) -> Host:
+        self._must_be_there("get_host")
         return Host(name=self.name, slots=[Slot(name="a", connected=True)])
 
     async def list_domains(self) -> tuple[Domain, ...]:
         return tuple(self._domains.values())
 
     async def list_handoffs(self) -> tuple[Handoff, ...]:
-        return ()
+        return tuple(self.handoffs)
 
     async def watch_events(self) -> AsyncGenerator[WatchEventsResponse, None]:
         await asyncio.Event().wait()
@@ -71,6 +84,11 @@ class InstantAgent:
         return await self._do("switch_over", migration_id, HandoffState.HANDOFF_STATE_HELD)
 
     async def activate(self, fence: Fence, migration_id: str, *, keep_paused: bool = False) -> Handoff:
+        self.away |= self.away_from_activate
+        if self.ends_as_resumed:
+            handoff = await self._do("activate", migration_id, HandoffState.HANDOFF_STATE_FAILED)
+            handoff.message = "its QEMU ended as it was told to run"
+            return handoff
         return await self._do("activate", migration_id, HandoffState.HANDOFF_STATE_ACTIVE)
 
     async def release_source(self, fence: Fence, migration_id: str) -> Handoff:
@@ -80,14 +98,17 @@ class InstantAgent:
     async def finalize_destination(self, fence: Fence, migration_id: str) -> Handoff:
         moved = self._moving[migration_id]
         self._domains[moved.uuid] = moved
-        return await self._do("finalize_destination", migration_id, HandoffState.HANDOFF_STATE_FINALIZED)
+        handoff = await self._do("finalize_destination", migration_id, HandoffState.HANDOFF_STATE_FINALIZED)
+        handoff.ended = self.ends_as_resumed
+        return handoff
 
     async def abort(
         self, fence: Fence, migration_id: str, role: "HandoffRole.ValueType", reason: str, *, fenced: bool = False
     ) -> Handoff:
-        return await self._do("abort", migration_id, HandoffState.HANDOFF_STATE_ABORTED)
+        return await self._do("fence" if fenced else "abort", migration_id, HandoffState.HANDOFF_STATE_ABORTED)
 
     async def watch(self, migration_id: str, role: "HandoffRole.ValueType") -> AsyncGenerator[Handoff, None]:
+        self._must_be_there("watch")
         while True:
             if self._states[migration_id] == HandoffState.HANDOFF_STATE_TRANSFERRING and self.may_copy.is_set():
                 self._states[migration_id] = HandoffState.HANDOFF_STATE_READY
@@ -104,6 +125,7 @@ class InstantAgent:
         await self._do("", migration_id, HandoffState.HANDOFF_STATE_FAILED)
 
     async def _do(self, call: str, migration_id: str, state: "HandoffState.ValueType") -> Handoff:
+        self._must_be_there(call)
         self.calls.append((call, migration_id))
         self._states[migration_id] = state
         async with self._changed:

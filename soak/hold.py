@@ -31,7 +31,7 @@ SLOW_BYTES_PER_S: Final = 16 << 20
 FAST_BYTES_PER_S: Final = 64 << 20
 BLOCKER: Final = "blocker"
 BLOCKING_BYTES_PER_S: Final = 1 << 20
-LEADER_HEARS_S: Final = 0.1
+LEADER_HEARS_S: Final = 0.2
 SOURCE: Final = HandoffRole.HANDOFF_ROLE_SOURCE
 _LATER: Final = frozenset(
     {
@@ -73,8 +73,6 @@ class Hold:
                 await self._paused()
             case Moment.HELD:
                 await self._ordered()
-                # We may hear of the leader's write before the leader does; frozen then, it would never go on.
-                await asyncio.sleep(LEADER_HEARS_S)
                 self._freeze_all(self._cast.etcd_pids)
                 self._thaw(Victim.SOURCE_AGENT)
                 await self._source_is(HandoffState.HANDOFF_STATE_HELD)
@@ -132,6 +130,8 @@ class Hold:
         self._freeze(Victim.SOURCE_AGENT)
         self._thaw_all(self._cast.etcd_pids)
         await self._in(State.SWITCHING)
+        # We may hear of the leader's write before the leader does, and it first asks the destination.
+        await asyncio.sleep(LEADER_HEARS_S)
 
     async def _paused(self) -> None:
         assert self.destination_qemu is not None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import grpc.aio
+import structlog
 
 from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_controller.machine import FINAL, State, state_of
@@ -18,6 +19,8 @@ from soak.inject import Injection
 from soak.moments import STATE_OF, Moment
 from soak.proof import Findings, Witnesses, judge
 from soak.scene import Cast, Scene
+
+log = structlog.get_logger()
 
 TOLD_S: Final = 60.0
 """How long a migration may take until it is final, or says what it waits for, while the fault lasts."""
@@ -45,6 +48,8 @@ class Result:
     waited: bool = False
     """While the fault lasted the guest stood still, and the record said why."""
     seconds: float = 0.0
+    attempts: int = 1
+    """How many migrations it took to hold one at the moment."""
     problems: list[str] = field(default_factory=list)
     migration: str = ""
     story: str = ""
@@ -70,7 +75,7 @@ async def run_cell(scene: Scene, cell: Cell) -> Result:
 
 async def _run(scene: Scene, cell: Cell, expected: Expectation, result: Result) -> None:
     async with Witnesses(scene) as witnesses:
-        cast, hold = await _held(scene, cell.moment)
+        cast, hold = await _held(scene, cell.moment, result)
         injection = Injection(scene, cast, cell.fault, hold.destination_qemu)
         try:
             await injection.strike()
@@ -92,7 +97,7 @@ async def _run(scene: Scene, cell: Cell, expected: Expectation, result: Result) 
     _note(findings, result)
 
 
-async def _held(scene: Scene, moment: Moment) -> tuple[Cast, Hold]:
+async def _held(scene: Scene, moment: Moment, result: Result) -> tuple[Cast, Hold]:
     """A migration that is held at the moment. One that slipped through did not have its fault: the next one has."""
     for left in reversed(range(ATTEMPTS)):
         cast = await scene.cast()
@@ -103,6 +108,8 @@ async def _held(scene: Scene, moment: Moment) -> tuple[Cast, Hold]:
             await hold.release()
             if not isinstance(error, Missed) or not left or not hold.migration_id:
                 raise
+            result.attempts += 1
+            log.warning("the moment slipped by", moment=str(moment), why=str(error))
             await scene.controllers.ends(hold.migration_id, ENDS_S)
             await hold.end()
         else:

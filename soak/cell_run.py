@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -74,19 +75,19 @@ async def run_cell(scene: Scene, cell: Cell) -> Result:
 
 
 async def _run(scene: Scene, cell: Cell, expected: Expectation, result: Result) -> None:
-    async with Witnesses(scene) as witnesses:
-        cast, hold = await _held(scene, cell.moment, result)
-        injection = Injection(scene, cast, cell.fault, hold.destination_qemu)
-        try:
-            await injection.strike()
-            await hold.release(injection.struck)
-            result.migration = hold.migration_id
-            if is_for_good(cell.fault):
-                await _last(scene, expected, hold.migration_id, witnesses, result)
-            else:
-                await injection.passed()
-        finally:
-            await injection.heal()
+    async with Witnesses(scene) as witnesses, AsyncExitStack() as fault:
+        async with scene.holding:
+            cast, hold = await _held(scene, cell.moment, result)
+            injection = Injection(scene, cast, cell.fault, hold.destination_qemu)
+            fault.push_async_callback(injection.heal)
+            try:
+                await injection.strike()
+            finally:
+                await hold.release(injection.struck)
+        result.migration = hold.migration_id
+        if is_for_good(cell.fault):
+            await _last(scene, expected, hold.migration_id, witnesses, result)
+        await fault.aclose()
         migration = await scene.controllers.ends(hold.migration_id, ENDS_S)
         result.state, result.story = state_of(migration).name, story(migration)
         if not _was_in(migration, cell.moment, injection.at_s):

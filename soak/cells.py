@@ -250,13 +250,25 @@ def cost_s(cell: Cell) -> float:
     found = expectation(cell)
     boots_s = 6.0 if found is not None and found.where is Where.LOST else 0.0
     if isinstance(fault, Cut) and fault.lasting is Lasting.FOR_GOOD:
-        # Before the pause the leader's whole patience has to run out.
-        quick = fault.link is Link.BETWEEN_HOSTS and cell.moment in STANDS_STILL
-        return 2.0 if quick else 15.0 if cell.moment in STANDS_STILL else 45.0
+        return _told_after_s(cell.moment, fault.link)
     lasts = isinstance(fault, Cut) or (isinstance(fault, Struck) and fault.blow is Blow.FREEZE)
     waits_s = FREEZE_S if lasts else 0.0
-    planned_s = 3.0 if cell.moment is Moment.PLANNED else 0.0
+    planned_s = 6.0 if cell.moment is Moment.PLANNED else 0.0
     victims = fault.victims if isinstance(fault, KilledTogether) else ()
     victims = (fault.victim,) if isinstance(fault, Struck) else victims
     leads_s = float(MIN_TTL_S) if Victim.LEADER in victims else 0.0
     return boots_s + max(waits_s, leads_s) + planned_s
+
+
+def _told_after_s(moment: Moment, link: Link) -> float:
+    """How long it takes until a migration is over, or says what it waits for, with a link that stays cut."""
+    if link is Link.BETWEEN_HOSTS:
+        return 15.0 if moment in BEFORE_THE_PAUSE else 2.0
+    asks_s = {
+        (Moment.ABORTING, Link.TO_SOURCE): 12.0,
+        (Moment.PAUSED, Link.TO_SOURCE): 17.0,
+        (Moment.PAUSED, Link.TO_DESTINATION): 12.0,
+        (Moment.HELD, Link.TO_DESTINATION): 12.0,
+        (Moment.COMMITTED, Link.TO_DESTINATION): 12.0,
+    }
+    return asks_s.get((moment, link), 35.0)

@@ -21,7 +21,6 @@ from typing import Final
 from handoff.agent.v1.qemu_pb2 import HandoffRole, HandoffState
 from handoff.agent.v1.types_pb2 import DomainState
 from handoff_controller.machine import State
-from handoff_lab.guest import Guests
 from soak.clients import Missed
 from soak.faults import Victim
 from soak.moments import Moment
@@ -29,7 +28,7 @@ from soak.scene import Cast, Scene, freeze, thaw
 
 SLOW_BYTES_PER_S: Final = 16 << 20
 FAST_BYTES_PER_S: Final = 64 << 20
-BLOCKER: Final = "blocker"
+BLOCKER_MIB: Final = 128
 BLOCKING_BYTES_PER_S: Final = 1 << 20
 LEADER_HEARS_S: Final = 0.2
 SOURCE: Final = HandoffRole.HANDOFF_ROLE_SOURCE
@@ -101,10 +100,11 @@ class Hold:
 
     async def _planned(self) -> None:
         controllers = self._scene.controllers
-        await asyncio.to_thread(Guests(self._scene.fleet).create, BLOCKER, self._cast.source, 128, disks=())
-        where = await asyncio.to_thread(Guests(self._scene.fleet).running_on, BLOCKER)
+        guests, name = self._scene.guests, self._scene.lane.blocker
+        await asyncio.to_thread(guests.create, name, self._cast.source, BLOCKER_MIB, disks=())
+        where = await asyncio.to_thread(guests.running_on, name)
         to = self._cast.destination if where.name == self._cast.source else self._cast.source
-        blocker = await controllers.create(BLOCKER, to, BLOCKING_BYTES_PER_S)
+        blocker = await controllers.create(name, to, BLOCKING_BYTES_PER_S)
         self._blocker_id = blocker.id
         await controllers.reaches(blocker.id, State.COPYING)
         await self._create(0)

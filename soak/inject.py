@@ -49,13 +49,8 @@ class Injection:
         if lasts_s is not None:
             self._passing = asyncio.create_task(self._pass(lasts_s))
 
-    async def passed(self) -> None:
-        """Waits until a passing fault is over."""
-        if self._passing is not None:
-            await self._passing
-
     async def heal(self) -> None:
-        """Undoes what has not passed by itself."""
+        """Undoes it, or waits until it has passed by itself."""
         if self._passing is not None:
             await self._passing
         else:

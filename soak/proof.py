@@ -11,7 +11,6 @@ import grpc.aio
 from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_controller.machine import FINAL, State, state_of
 from handoff_lab.errors import LabError
-from handoff_lab.guest import Guests
 from handoff_lab.journal import check_image
 from handoff_lab.probe import GuestControl, TcpSession
 from soak.cells import Expectation, Where
@@ -129,7 +128,7 @@ async def judge(
 
 
 def _home(scene: Scene) -> str | None:
-    active = [seen for seen in Guests(scene.fleet).find(scene.guest.name) if seen.state == "running"]
+    active = [seen for seen in scene.guests.find(scene.guest.name) if seen.state == "running"]
     return active[0].host if len(active) == 1 else None
 
 

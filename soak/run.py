@@ -44,15 +44,9 @@ class Choice:
 
 
 async def soak(fleet: Fleet, cells: Sequence[Cell], told: Callable[[Result], None], until: float) -> None:
-    """Runs cells one after the other, on a fleet that it founds; `told` hears of each.
-
-    Begins none after `until`, by the monotonic clock.
-    """
+    """Runs cells on a fleet that it founds; `told` hears of each. Begins none after `until`, by the monotonic clock."""
     async with Stage(fleet) as stage:
-        for cell in cells:
-            if time.monotonic() > until:
-                return
-            told(await stage.run(cell))
+        await stage.run(cells, told, lambda: time.monotonic() < until)
 
 
 @click.command()

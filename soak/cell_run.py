@@ -46,6 +46,8 @@ class Result:
     where: str = ""
     outage_ms: float | None = None
     """How long the fault kept it from running, as seen from outside; None for one that is lost."""
+    silences_ms: list[tuple[int, int]] = field(default_factory=list)
+    """Each silence of the guest: when it began, from the fault on, and its length."""
     waited: bool = False
     """While the fault lasted the guest stood still, and the record said why."""
     seconds: float = 0.0
@@ -154,4 +156,5 @@ def _was_in(migration: Migration, moment: Moment, at_s: float) -> bool:
 def _note(findings: Findings, result: Result) -> None:
     result.where = findings.where
     result.outage_ms = None if findings.outage_ms is None else round(findings.outage_ms, 1)
+    result.silences_ms = findings.silences_ms
     result.problems += findings.problems

@@ -33,6 +33,7 @@ class Findings:
     """The host's part, "source" or "destination"; "nowhere" for a guest that is gone."""
     outage_ms: float | None = None
     """See Pulse.outage_ms; None for a guest that is gone."""
+    silences_ms: list[tuple[int, int]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -115,6 +116,7 @@ async def judge(
     findings.problems += await (witnesses.dead() if lost else witnesses.alive())
     home = await asyncio.to_thread(_home, scene)
     findings.where = _part(cast, home)
+    findings.silences_ms = witnesses.pulse.silences_ms(struck_ns)
     if not lost:
         findings.outage_ms = witnesses.pulse.outage_ms(struck_ns)
         findings.problems += _outage(findings.outage_ms, expected)

@@ -87,6 +87,13 @@ class Pulse:
             return None
         return max((max(0, ended_ns - began_ns) / 1e6 for began_ns, ended_ns in outages if ended_ns), default=0.0)
 
+    def silences_ms(self, since_ns: int) -> list[tuple[int, int]]:
+        """When each silence began, from `since_ns`, and its length; one that goes on has none."""
+        return [
+            (round((one.began_ns - since_ns) / 1e6), round(((one.ended_ns or one.began_ns) - one.began_ns) / 1e6))
+            for one in self.silences()
+        ]
+
     def _beat(self) -> None:
         number, due = 0, time.monotonic()
         while not self._ending.is_set():

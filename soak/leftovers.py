@@ -51,9 +51,9 @@ def _processes(scene: Scene, host: Host, home: str | None) -> list[str]:
 
 def _streams(host: Host) -> list[str]:
     """Sockets of migration streams; by address, for their ports are ordinary ephemeral ports too."""
-    lines = host.node.run(["ss", "-Htan"]).stdout.splitlines()
+    lines = host.node.run(["ss", "-Htanp"]).stdout.splitlines()
     fields = [line.split() for line in lines]
-    return [" ".join(row[:5]) for row in fields if row[0] != "TIME-WAIT" and row[3].startswith(f"{OVERLAY_NET}.")]
+    return [" ".join(row) for row in fields if row[0] != "TIME-WAIT" and row[3].startswith(f"{OVERLAY_NET}.")]
 
 
 def _ports(host: Host, running: int) -> list[str]:

@@ -18,7 +18,7 @@ from handoff_lab.node import Node
 from handoff_lab.probe import ECHO_PORT
 
 INTERVAL_S: Final = 0.01
-SILENCE_MS: Final = 60.0
+SILENCE_MS: Final = 150.0
 """A shorter silence is the machine's, not the guest's."""
 CLOCKS_AGREE_NS: Final = 20_000_000
 """The guest's clock is QEMU's, and may drift this much against ours within a cell."""

@@ -69,7 +69,7 @@ class Copying:
             return ORDERED_POLL_S
         if decision.action is Action.READY:
             if not self._held_back:
-                await self._migration.hold()
+                await self._migration.hold(info.cpu_throttle_percent)
                 self._held_back = True
             await self._switch.say_ready(ready=True)
             return READY_POLL_S

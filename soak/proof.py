@@ -8,6 +8,7 @@ from typing import Final, Self
 
 import grpc.aio
 
+from handoff.agent.v1.types_pb2 import DomainState
 from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_controller.machine import FINAL, State, state_of
 from handoff_lab.errors import LabError
@@ -159,8 +160,6 @@ async def record_problems(scene: Scene, cast: Cast, migration: Migration, home: 
         problems.append("the record does not say why it was aborted")
     if migration.needs_decision:
         problems.append(f"the record still asks for a decision: {migration.needs_decision}")
-    if home is None and state is State.DONE and not migration.loss.certain:
-        problems.append(f"the guest is gone, and the record does not say so: {story(migration)}")
     if home is not None and migration.HasField("loss"):
         problems.append(f"the guest is there, and the record has it as lost: {migration.loss.reason}")
     try:
@@ -169,6 +168,10 @@ async def record_problems(scene: Scene, cast: Cast, migration: Migration, home: 
         return [*problems, f"the guest's record can't be read: {error.details()}"]
     if guest is None:
         return [] if home is None else [*problems, "the guest has no record"]
+    # One that ends after all was said of it, by its migration, is the matter of the guest's own record.
+    is_known_to_be_gone = migration.loss.certain or guest.domain.state != DomainState.DOMAIN_STATE_RUNNING
+    if home is None and state is State.DONE and not is_known_to_be_gone:
+        problems.append(f"the guest is gone, and no record says so: {story(migration)}")
     if guest.owner.host != said:
         problems.append(f"the guest belongs to {guest.owner.host} by its record, to {said} by the migration's")
     if guest.active_migration:

@@ -40,7 +40,7 @@ from handoff_common.errors import (
     UnavailableError,
 )
 from handoff_controller import conductor as conductor_module
-from handoff_controller import decisions, driver, fleet, forward, planner
+from handoff_controller import decisions, driver, fleet, forward, planner, standstill
 from handoff_controller.agents import Agents
 from handoff_controller.conductor import Conductor
 from handoff_controller.driver import Driver
@@ -620,6 +620,7 @@ def play(plan: Plan, mutant: Mutant | None = None) -> Verdict:
         patch.object(fleet, "datetime", VirtualDatetime),
         patch.object(decisions, "datetime", VirtualDatetime),
         patch.object(forward, "datetime", VirtualDatetime),
+        patch.object(standstill, "datetime", VirtualDatetime),
         patch.object(conductor_module, "Driver", mutant.driver),
         patch.object(conductor_module, "FenceCommand", lambda _: FakeFencing(worlds[-1])),
     ):

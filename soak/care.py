@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 from typing import Final
 
 import grpc.aio
@@ -10,12 +11,12 @@ from handoff.controller.v1.hosts_pb2 import HostState
 from handoff_lab.errors import LabError
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
+from handoff_lab.parallel import in_parallel
 from handoff_lab.state import GuestRecord
 from soak.clients import Controllers
 from soak.leftovers import leftovers
-from soak.scene import CONFIG, HOSTS, Scene, raise_fleet
+from soak.scene import CONFIG, LANES, Lane, Scene, raise_fleet
 
-GUEST: Final = "subject"
 MEMORY_MIB: Final = 128
 DISK: Final = "size=16M,format=raw,place=shared"
 HEALTHY_S: Final = 40.0
@@ -26,37 +27,54 @@ def controller_names() -> list[str]:
     return [f"ctl{n}" for n in range(1, CONFIG.controllers + 1)]
 
 
-def found_fleet(fleet: Fleet) -> GuestRecord:
-    """A fleet with its guest. Nothing of an earlier one is taken over."""
-    fleet.down()
-    raise_fleet(fleet)
-    return Guests(fleet).create(GUEST, HOSTS[0], MEMORY_MIB, disks=(DISK,))
-
-
-async def mend(scene: Scene) -> None:
-    """Links, daemons and the guest; returns when a migration could begin. Raises LabError or TimeoutError when not."""
-    fleet = scene.fleet
-    for host in HOSTS:
-        await asyncio.to_thread(fleet.set_link, host, True)
-    await asyncio.to_thread(fleet.fabric.keep_apart, *HOSTS, apart=False)
+async def found_fleet(fleet: Fleet, controllers: Controllers) -> list[Scene]:
+    """A fleet with a guest in each lane. Nothing of an earlier one is taken over. Raises LabError."""
+    await asyncio.to_thread(fleet.down)
     await asyncio.to_thread(raise_fleet, fleet)
-    scene.guest = await asyncio.to_thread(_revive, fleet, scene.guest)
+    boots = [partial(_create, Guests(fleet), lane) for lane in LANES]
+    guests = await asyncio.to_thread(in_parallel, boots)
+    holding = asyncio.Lock()
+    scenes = [Scene(fleet, lane, controllers, guest, holding) for lane, guest in zip(LANES, guests, strict=True)]
+    for scene in scenes:
+        await wait_healthy(scene)
+    return scenes
+
+
+async def mend(scene: Scene, *, everything: bool) -> None:
+    """Mends links, daemons and the guest of a lane; with `everything` also the controllers and etcd.
+
+    Returns when a migration could begin. Raises LabError, OSError or TimeoutError when none can.
+    """
+    await asyncio.to_thread(_mend_hosts, scene)
+    if everything:
+        await asyncio.to_thread(raise_fleet, scene.fleet)
+    scene.guest = await asyncio.to_thread(_revive, scene.guests, scene.lane, scene.guest)
     await wait_healthy(scene)
 
 
-def _revive(fleet: Fleet, guest: GuestRecord) -> GuestRecord:
+def _mend_hosts(scene: Scene) -> None:
+    for host in scene.hosts():
+        scene.fleet.set_link(host.name, True)
+        host.start_daemons(CONFIG)
+    scene.fleet.fabric.keep_apart(*scene.lane.hosts, apart=False)
+
+
+def _revive(guests: Guests, lane: Lane, guest: GuestRecord) -> GuestRecord:
     """Starts the guest again where it was lost; one that is in disorder is made anew."""
-    guests = Guests(fleet)
     states = [seen.state for seen in guests.find(guest.name)]
     if states == ["running"]:
         return guest
     if states != ["shut off"]:
         guests.delete(guest.name)
-    return guests.create(guest.name, HOSTS[0], MEMORY_MIB, disks=(DISK,))
+    return _create(guests, lane)
+
+
+def _create(guests: Guests, lane: Lane) -> GuestRecord:
+    return guests.create(lane.guest, lane.hosts[0], MEMORY_MIB, disks=(DISK,))
 
 
 async def wait_healthy(scene: Scene) -> None:
-    """Waits until every host is up, the guest is known and nothing is left of any migration. Raises LabError."""
+    """Waits until both hosts are up, the guest is known and nothing is left of any migration. Raises LabError."""
     until = time.monotonic() + HEALTHY_S
     while problems := await _ailments(scene):
         if time.monotonic() > until:
@@ -66,21 +84,15 @@ async def wait_healthy(scene: Scene) -> None:
 
 async def _ailments(scene: Scene) -> list[str]:
     try:
-        hosts = await scene.controllers.hosts()
+        hosts = {host.name: host for host in await scene.controllers.hosts()}
         guest = await scene.controllers.guest(scene.guest.uuid)
     except grpc.aio.AioRpcError as error:
         return [f"the controllers do not answer: {error.details()}"]
-    sick = [f"{host.name}: {host.message}" for host in hosts if host.state != HostState.HOST_STATE_UP]
-    if len(hosts) != CONFIG.hosts or sick:
-        return sick or ["not every host is known"]
+    unknown = [f"{name} is not known" for name in scene.lane.hosts if name not in hosts]
+    ours = [hosts[name] for name in scene.lane.hosts if name in hosts]
+    sick = [f"{host.name}: {host.message}" for host in ours if host.state != HostState.HOST_STATE_UP]
+    if unknown or sick:
+        return unknown + sick
     if guest is None or guest.active_migration:
         return ["the guest is not known, or not free"]
     return await leftovers(scene, guest.owner.host)
-
-
-async def renew(scene: Scene, controllers: Controllers) -> Scene:
-    """Another fleet in place of one that is beyond help."""
-    guest = await asyncio.to_thread(found_fleet, scene.fleet)
-    fresh = Scene(scene.fleet, controllers, guest)
-    await wait_healthy(fresh)
-    return fresh

@@ -2,10 +2,12 @@
 
 import asyncio
 import time
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Final
 
 import grpc.aio
+import structlog
 
 from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_controller.machine import FINAL, State, state_of
@@ -17,12 +19,15 @@ from soak.hold import Hold
 from soak.inject import Injection
 from soak.moments import STATE_OF, Moment
 from soak.proof import Findings, Witnesses, judge
-from soak.scene import Scene
+from soak.scene import Cast, Scene
+
+log = structlog.get_logger()
 
 TOLD_S: Final = 60.0
 """How long a migration may take until it is final, or says what it waits for, while the fault lasts."""
 ENDS_S: Final = 60.0
 """How long it may take once the fault is over."""
+ATTEMPTS: Final = 3
 SETTLES_S: Final = 0.5
 DIES_S: Final = 5.0
 
@@ -39,12 +44,19 @@ class Result:
     state: str = ""
     """The migration's final state."""
     where: str = ""
-    ran_again_ms: float | None = None
+    outage_ms: float | None = None
+    """How long the fault kept it from running, as seen from outside; None for one that is lost."""
+    silences_ms: list[tuple[int, int]] = field(default_factory=list)
+    """Each silence of the guest: when it began, from the fault on, and its length."""
     waited: bool = False
     """While the fault lasted the guest stood still, and the record said why."""
     seconds: float = 0.0
+    attempts: int = 1
+    """How many migrations it took to hold one at the moment."""
     problems: list[str] = field(default_factory=list)
     migration: str = ""
+    story: str = ""
+    """Its states, its error, its warnings."""
 
 
 async def run_cell(scene: Scene, cell: Cell) -> Result:
@@ -65,27 +77,21 @@ async def run_cell(scene: Scene, cell: Cell) -> Result:
 
 
 async def _run(scene: Scene, cell: Cell, expected: Expectation, result: Result) -> None:
-    cast = await scene.cast()
-    async with Witnesses(scene) as witnesses:
-        hold = Hold(scene, cast)
-        try:
-            await hold.reach(cell.moment)
-        except BaseException:
-            await hold.release()
-            raise
-        injection = Injection(scene, cast, cell.fault, hold.destination_qemu)
-        try:
-            await injection.strike()
-            await hold.release(injection.struck)
-            result.migration = hold.migration_id
-            if is_for_good(cell.fault):
-                await _last(scene, expected, hold.migration_id, witnesses, result)
-            else:
-                await injection.passed()
-        finally:
-            await injection.heal()
+    async with Witnesses(scene) as witnesses, AsyncExitStack() as fault:
+        async with scene.holding:
+            cast, hold = await _held(scene, cell.moment, result)
+            injection = Injection(scene, cast, cell.fault, hold.destination_qemu)
+            fault.push_async_callback(injection.heal)
+            try:
+                await injection.strike()
+            finally:
+                await hold.release(injection.struck)
+        result.migration = hold.migration_id
+        if is_for_good(cell.fault):
+            await _last(scene, expected, hold.migration_id, witnesses, result)
+        await fault.aclose()
         migration = await scene.controllers.ends(hold.migration_id, ENDS_S)
-        result.state = state_of(migration).name
+        result.state, result.story = state_of(migration).name, story(migration)
         if not _was_in(migration, cell.moment, injection.at_s):
             result.problems.append(f"the fault did not strike in {cell.moment}: {story(migration)}")
         await _comes_to_rest(witnesses, expected)
@@ -94,15 +100,40 @@ async def _run(scene: Scene, cell: Cell, expected: Expectation, result: Result) 
     _note(findings, result)
 
 
+async def _held(scene: Scene, moment: Moment, result: Result) -> tuple[Cast, Hold]:
+    """A migration that is held at the moment. One that slipped through did not have its fault: the next one has."""
+    for left in reversed(range(ATTEMPTS)):
+        cast = await scene.cast()
+        hold = Hold(scene, cast)
+        try:
+            await hold.reach(moment)
+        except BaseException as error:
+            await hold.release()
+            if not isinstance(error, Missed) or not left or not hold.migration_id:
+                raise
+            result.attempts += 1
+            log.warning("the moment slipped by", moment=str(moment), why=str(error))
+            await scene.controllers.ends(hold.migration_id, ENDS_S)
+            await hold.end()
+        else:
+            return cast, hold
+    raise AssertionError("the last attempt raises")
+
+
 async def _last(scene: Scene, expected: Expectation, migration_id: str, witnesses: Witnesses, result: Result) -> None:
     """Waits while a fault lasts, until the migration is final, or says what it waits for."""
-    migration = await scene.controllers.until(
-        migration_id, lambda record: state_of(record) in FINAL or bool(record.warnings), TOLD_S
-    )
+    migration = await scene.controllers.until(migration_id, _is_told, TOLD_S)
     await asyncio.sleep(SETTLES_S)
     result.waited = not witnesses.runs()
     if result.waited and not expected.waits:
         result.problems.append(f"the guest does not run while the fault lasts: {story(migration)}")
+    if result.waited and not migration.needs_decision:
+        result.problems.append(f"the guest waits, and nobody is told what to decide: {story(migration)}")
+
+
+def _is_told(migration: Migration) -> bool:
+    """It is final, or says what keeps it."""
+    return state_of(migration) in FINAL or bool(migration.warnings or migration.needs_decision)
 
 
 async def _comes_to_rest(witnesses: Witnesses, expected: Expectation) -> None:
@@ -124,5 +155,6 @@ def _was_in(migration: Migration, moment: Moment, at_s: float) -> bool:
 
 def _note(findings: Findings, result: Result) -> None:
     result.where = findings.where
-    result.ran_again_ms = None if findings.ran_again_ms is None else round(findings.ran_again_ms, 1)
+    result.outage_ms = None if findings.outage_ms is None else round(findings.outage_ms, 1)
+    result.silences_ms = findings.silences_ms
     result.problems += findings.problems

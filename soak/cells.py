@@ -8,7 +8,19 @@ from typing import Final, assert_never
 
 from handoff_controller.etcd.lease import MIN_TTL_S
 from handoff_controller.machine import State
-from soak.faults import FAULTS, FREEZE_S, Blow, Cut, DiskFull, Fault, Lasting, Link, Struck, Victim, is_for_good
+from soak.faults import (
+    FAULTS,
+    FREEZE_S,
+    Blow,
+    Cut,
+    DiskFull,
+    Fault,
+    KilledTogether,
+    Lasting,
+    Link,
+    Struck,
+    Victim,
+)
 from soak.moments import MOMENTS, Moment
 
 SWITCH_DEADLINE_S: Final = 2.0
@@ -73,6 +85,8 @@ def expectation(cell: Cell) -> Expectation | None:
     match cell.fault:
         case Struck(victim, blow):
             return _struck(cell.moment, victim, blow)
+        case KilledTogether():
+            return _killed_together(cell.moment)
         case Cut(link, lasting):
             return _cut(cell.moment, link, lasting)
         case DiskFull():
@@ -132,18 +146,19 @@ def _destination_qemu(moment: Moment, blow: Blow) -> Expectation | None:
     if moment is Moment.PLANNED:
         return None
     if blow is Blow.KILL:
-        if moment is Moment.FINISHING:
-            return Expectation(Where.LOST, None)
-        return Expectation(Where.SOURCE, 1.0 + SLACK_S)
-    match moment:
-        case Moment.PAUSED:
-            return Expectation(Where.SOURCE, SWITCH_DEADLINE_S + 1.0 + SLACK_S)
-        case Moment.HELD | Moment.COMMITTED | Moment.FINISHING:
-            return Expectation(Where.DESTINATION, FREEZE_S + SLACK_S)
-        case Moment.ABORTING:
-            return Expectation(Where.SOURCE, SLACK_S)
-        case _:
-            return Expectation(Where.EITHER, SLACK_S + SWITCH_DEADLINE_S)
+        owns = moment is Moment.FINISHING
+        return Expectation(Where.LOST, None) if owns else Expectation(Where.SOURCE, 1.0 + SLACK_S)
+    if moment in (Moment.HELD, Moment.COMMITTED, Moment.FINISHING):
+        return Expectation(Where.DESTINATION, FREEZE_S + SLACK_S)
+    where = Where.SOURCE if moment in (Moment.PAUSED, Moment.ABORTING) else Where.EITHER
+    return Expectation(where, SWITCH_DEADLINE_S + 1.0 + SLACK_S)
+
+
+def _killed_together(moment: Moment) -> Expectation | None:
+    alone = _destination_qemu(moment, Blow.KILL)
+    if alone is None or alone.outage_s is None:
+        return alone
+    return Expectation(alone.where, MIN_TTL_S + 2.0 + SLACK_S if moment in STANDS_STILL else alone.outage_s)
 
 
 def _cut(moment: Moment, link: Link, lasting: Lasting) -> Expectation:
@@ -208,7 +223,7 @@ def subset(cells: Sequence[Cell], count: int, seed: int) -> tuple[Cell, ...]:
 
     The same seed gives the same cells. Faults that take their time come once; what else is needed are kills.
     """
-    dice = random.Random(seed)  # noqa: S311 - a choice of tests
+    dice = random.Random(seed)
     pool = list(cells)
     dice.shuffle(pool)
     pool.sort(key=cost_s)
@@ -234,12 +249,26 @@ def cost_s(cell: Cell) -> float:
     fault = cell.fault
     found = expectation(cell)
     boots_s = 6.0 if found is not None and found.where is Where.LOST else 0.0
-    if is_for_good(fault):
-        # Before the pause the leader's whole patience has to run out.
-        quick = isinstance(fault, Cut) and fault.link is Link.BETWEEN_HOSTS and cell.moment in STANDS_STILL
-        return 2.0 if quick else 15.0 if cell.moment in STANDS_STILL else 45.0
+    if isinstance(fault, Cut) and fault.lasting is Lasting.FOR_GOOD:
+        return _told_after_s(cell.moment, fault.link)
     lasts = isinstance(fault, Cut) or (isinstance(fault, Struck) and fault.blow is Blow.FREEZE)
     waits_s = FREEZE_S if lasts else 0.0
-    planned_s = 3.0 if cell.moment is Moment.PLANNED else 0.0
-    leads_s = float(MIN_TTL_S) if isinstance(fault, Struck) and fault.victim is Victim.LEADER else 0.0
+    planned_s = 6.0 if cell.moment is Moment.PLANNED else 0.0
+    victims = fault.victims if isinstance(fault, KilledTogether) else ()
+    victims = (fault.victim,) if isinstance(fault, Struck) else victims
+    leads_s = float(MIN_TTL_S) if Victim.LEADER in victims else 0.0
     return boots_s + max(waits_s, leads_s) + planned_s
+
+
+def _told_after_s(moment: Moment, link: Link) -> float:
+    """How long it takes until a migration is over, or says what it waits for, with a link that stays cut."""
+    if link is Link.BETWEEN_HOSTS:
+        return 15.0 if moment in BEFORE_THE_PAUSE else 2.0
+    asks_s = {
+        (Moment.ABORTING, Link.TO_SOURCE): 12.0,
+        (Moment.PAUSED, Link.TO_SOURCE): 17.0,
+        (Moment.PAUSED, Link.TO_DESTINATION): 12.0,
+        (Moment.HELD, Link.TO_DESTINATION): 12.0,
+        (Moment.COMMITTED, Link.TO_DESTINATION): 12.0,
+    }
+    return asks_s.get((moment, link), 35.0)

@@ -3,14 +3,14 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import grpc.aio
 
 from handoff.agent.v1.qemu_pb2 import (
     Handoff,
     HandoffRole,
+    HandoffState,
     ListDomainsRequest,
     ListHandoffsRequest,
     WatchHandoffRequest,
@@ -51,12 +51,8 @@ class Controllers:
         self._channels = {name: open_channel(f"unix:{lab.controller_socket(name)}") for name in names}
         self.ask_first = names[0]
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def close(self) -> None:
+        """Closes the channels."""
         for channel in self._channels.values():
             await channel.close()
 
@@ -70,7 +66,7 @@ class Controllers:
         options = MigrationOptions(bandwidth_bytes_per_s=bandwidth_bytes_per_s)
         request = CreateMigrationRequest(guest=guest, destination_host=host, options=options)
         stub = MigrationsServiceStub(self._channels[self.ask_first])
-        return (await stub.CreateMigration(request, timeout=20)).migration
+        return (await stub.CreateMigration(request, timeout=20, wait_for_ready=True)).migration
 
     async def cancel(self, migration_id: str, patience_s: float = 40.0) -> None:
         """Asks for the abort, again and again until it is heard; one that comes too late is fine."""
@@ -78,7 +74,9 @@ class Controllers:
         async with asyncio.timeout(patience_s):
             while True:
                 try:
-                    await stub.CancelMigration(CancelMigrationRequest(id=migration_id), timeout=CALL_S)
+                    await stub.CancelMigration(
+                        CancelMigrationRequest(id=migration_id), timeout=CALL_S, wait_for_ready=True
+                    )
                     return
                 except grpc.aio.AioRpcError as error:
                     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
@@ -88,7 +86,9 @@ class Controllers:
     async def get(self, migration_id: str) -> Migration:
         """The record. Raises AioRpcError."""
         stub = MigrationsServiceStub(self._channels[self.ask_first])
-        return (await stub.GetMigration(GetMigrationRequest(id=migration_id), timeout=CALL_S)).migration
+        return (
+            await stub.GetMigration(GetMigrationRequest(id=migration_id), timeout=CALL_S, wait_for_ready=True)
+        ).migration
 
     async def watch(self, migration_id: str) -> AsyncGenerator[Migration, None]:
         """The record as it changes, until it is final; goes on over the death of any controller."""
@@ -131,13 +131,13 @@ class Controllers:
     async def guest(self, uuid: str) -> Guest | None:
         """The record of a guest. Raises AioRpcError."""
         stub = GuestsServiceStub(self._channels[self.ask_first])
-        guests = (await stub.ListGuests(ListGuestsRequest(), timeout=CALL_S)).guests
+        guests = (await stub.ListGuests(ListGuestsRequest(), timeout=CALL_S, wait_for_ready=True)).guests
         return next((guest for guest in guests if guest.uuid == uuid), None)
 
     async def hosts(self) -> list[Host]:
         """The hosts. Raises AioRpcError."""
         stub = HostsServiceStub(self._channels[self.ask_first])
-        return list((await stub.ListHosts(ListHostsRequest(), timeout=CALL_S)).hosts)
+        return list((await stub.ListHosts(ListHostsRequest(), timeout=CALL_S, wait_for_ready=True)).hosts)
 
 
 class AgentSide:
@@ -154,12 +154,14 @@ class AgentSide:
             call = QemuServiceStub(channel).WatchHandoff(
                 WatchHandoffRequest(migration_id=migration_id, role=role), timeout=deadline_s
             )
+            last = "unknown"
             try:
                 async for response in call:
                     if response.handoff.state in states:
                         return response.handoff
+                    last = f"{HandoffState.Name(response.handoff.state)} ({response.handoff.progress.decision})"
             except grpc.aio.AioRpcError as error:
-                raise Missed(f"the agent's side of {migration_id}: {error.details()}") from error
+                raise Missed(f"the agent's side of {migration_id} is {last}: {error.details()}") from error
             finally:
                 call.cancel()
         raise Missed(f"the agent's side of {migration_id} ended")
@@ -167,16 +169,24 @@ class AgentSide:
     async def domain(self, uuid: str) -> Domain | None:
         """A domain as the agent sees it. Raises AioRpcError."""
         async with open_channel(self._address) as channel:
-            answer = await QemuServiceStub(channel).ListDomains(ListDomainsRequest(), timeout=CALL_S)
+            answer = await QemuServiceStub(channel).ListDomains(
+                ListDomainsRequest(), timeout=CALL_S, wait_for_ready=True
+            )
         return next((domain for domain in answer.domains if domain.uuid == uuid), None)
 
     async def handoffs(self) -> list[Handoff]:
         """All that it remembers. Raises AioRpcError."""
         async with open_channel(self._address) as channel:
-            return list((await QemuServiceStub(channel).ListHandoffs(ListHandoffsRequest(), timeout=CALL_S)).handoffs)
+            return list(
+                (
+                    await QemuServiceStub(channel).ListHandoffs(
+                        ListHandoffsRequest(), timeout=CALL_S, wait_for_ready=True
+                    )
+                ).handoffs
+            )
 
 
 def story(migration: Migration) -> str:
     """A migration in a line."""
     states = " → ".join(State(change.state).name for change in migration.timeline)
-    return f"{states}: {migration.error} {list(migration.warnings)}"
+    return f"{states}: {migration.error} {list(migration.warnings)} {migration.needs_decision}"

@@ -63,6 +63,18 @@ class Struck:
 
 
 @dataclass(frozen=True, slots=True)
+class KilledTogether:
+    """The destination's QEMU dies, and the leader who would have noticed."""
+
+    victims: tuple[Victim, ...] = (Victim.LEADER, Victim.DESTINATION_QEMU)
+
+    @property
+    def name(self) -> str:
+        """Such as "kill-leader+destination-qemu"."""
+        return f"{Blow.KILL}-{'+'.join(self.victims)}"
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """A link is cut."""
 
@@ -85,10 +97,11 @@ class DiskFull:
         return "disk-full-destination"
 
 
-Fault: TypeAlias = Struck | Cut | DiskFull
+Fault: TypeAlias = Struck | KilledTogether | Cut | DiskFull
 
 FAULTS: Final[tuple[Fault, ...]] = (
     *(Struck(victim, blow) for blow in Blow for victim in Victim),
+    KilledTogether(),
     *(Cut(link, lasting) for lasting in Lasting for link in Link),
     DiskFull(),
 )
@@ -96,4 +109,4 @@ FAULTS: Final[tuple[Fault, ...]] = (
 
 def is_for_good(fault: Fault) -> bool:
     """Whether it lasts until somebody mends it."""
-    return isinstance(fault, Cut) and fault.lasting is Lasting.FOR_GOOD
+    return isinstance(fault, DiskFull) or (isinstance(fault, Cut) and fault.lasting is Lasting.FOR_GOOD)

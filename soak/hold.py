@@ -18,12 +18,9 @@ import asyncio
 from collections.abc import Iterable
 from typing import Final
 
-import grpc.aio
-
 from handoff.agent.v1.qemu_pb2 import HandoffRole, HandoffState
 from handoff.agent.v1.types_pb2 import DomainState
 from handoff_controller.machine import State
-from handoff_lab.guest import Guests
 from soak.clients import Missed
 from soak.faults import Victim
 from soak.moments import Moment
@@ -31,10 +28,18 @@ from soak.scene import Cast, Scene, freeze, thaw
 
 SLOW_BYTES_PER_S: Final = 16 << 20
 FAST_BYTES_PER_S: Final = 64 << 20
-BLOCKER: Final = "blocker"
+BLOCKER_MIB: Final = 128
 BLOCKING_BYTES_PER_S: Final = 1 << 20
-LEADER_HEARS_S: Final = 0.1
+LEADER_HEARS_S: Final = 0.2
 SOURCE: Final = HandoffRole.HANDOFF_ROLE_SOURCE
+_LATER: Final = frozenset(
+    {
+        HandoffState.HANDOFF_STATE_HELD,
+        HandoffState.HANDOFF_STATE_RELEASED,
+        HandoffState.HANDOFF_STATE_FAILED,
+        HandoffState.HANDOFF_STATE_ABORTED,
+    }
+)
 
 
 class Hold:
@@ -95,10 +100,11 @@ class Hold:
 
     async def _planned(self) -> None:
         controllers = self._scene.controllers
-        await asyncio.to_thread(Guests(self._scene.fleet).create, BLOCKER, self._cast.source, 128, disks=())
-        where = await asyncio.to_thread(Guests(self._scene.fleet).running_on, BLOCKER)
+        guests, name = self._scene.guests, self._scene.lane.blocker
+        await asyncio.to_thread(guests.create, name, self._cast.source, BLOCKER_MIB, disks=())
+        where = await asyncio.to_thread(guests.running_on, name)
         to = self._cast.destination if where.name == self._cast.source else self._cast.source
-        blocker = await controllers.create(BLOCKER, to, BLOCKING_BYTES_PER_S)
+        blocker = await controllers.create(name, to, BLOCKING_BYTES_PER_S)
         self._blocker_id = blocker.id
         await controllers.reaches(blocker.id, State.COPYING)
         await self._create(0)
@@ -117,15 +123,15 @@ class Hold:
         await self._source_is(HandoffState.HANDOFF_STATE_TRANSFERRING, HandoffState.HANDOFF_STATE_READY)
 
     async def _ordered(self) -> None:
-        await self._create(FAST_BYTES_PER_S)
-        await self._find_destination_qemu()
-        await self._in(State.COPYING)
+        await self._copying(FAST_BYTES_PER_S)
         self._freeze_all(self._cast.etcd_pids)
         await self._source_is(HandoffState.HANDOFF_STATE_READY)
         await asyncio.sleep(LEADER_HEARS_S)
         self._freeze(Victim.SOURCE_AGENT)
         self._thaw_all(self._cast.etcd_pids)
         await self._in(State.SWITCHING)
+        # We may hear of the leader's write before the leader does, and it first asks the destination.
+        await asyncio.sleep(LEADER_HEARS_S)
 
     async def _paused(self) -> None:
         assert self.destination_qemu is not None
@@ -159,17 +165,22 @@ class Hold:
         await self._scene.controllers.reaches(self.migration_id, state)
 
     async def _source_is(self, *states: "HandoffState.ValueType") -> None:
+        """Waits for a state of the source's side. Raises Missed when it is past it."""
         agent = self._scene.agent(self._cast.source)
+        awaited = frozenset(states)
         until = asyncio.get_running_loop().time() + 10
         while True:
             try:
-                await agent.reaches(self.migration_id, SOURCE, frozenset(states))
-                return
-            except (Missed, grpc.aio.AioRpcError):
+                handoff = await agent.reaches(self.migration_id, SOURCE, awaited | _LATER)
+            except Missed:
                 # It may not have heard of the handoff yet.
                 if asyncio.get_running_loop().time() > until:
                     raise
-            await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)
+                continue
+            if handoff.state not in awaited:
+                raise Missed(f"the source is {HandoffState.Name(handoff.state)} already")
+            return
 
     def _freeze(self, victim: Victim) -> None:
         self._freeze_all([self._cast.pids[victim]])

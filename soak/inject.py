@@ -7,7 +7,7 @@ from typing import Final, assert_never
 
 from handoff_lab.daemon import Daemon
 from handoff_lab.fabric import Fabric
-from soak.faults import FREEZE_S, Blow, Cut, DiskFull, Fault, Lasting, Link, Struck, Victim
+from soak.faults import FREEZE_S, Blow, Cut, DiskFull, Fault, KilledTogether, Lasting, Link, Struck, Victim
 from soak.scene import Cast, Scene, disk_of, freeze, kill, thaw
 
 RESTART_AFTER_S: Final = 1.0
@@ -42,20 +42,15 @@ class Injection:
         """Does it. A fault that passes is undone by a task of its own."""
         strike, lasts_s = self._plan()
         self.at_s, self.at_ns = time.time(), time.monotonic_ns()
-        if isinstance(self._fault, Struck):
+        if isinstance(self._fault, Struck | KilledTogether):
             strike()
         else:
             await asyncio.to_thread(strike)
         if lasts_s is not None:
             self._passing = asyncio.create_task(self._pass(lasts_s))
 
-    async def passed(self) -> None:
-        """Waits until a passing fault is over."""
-        if self._passing is not None:
-            await self._passing
-
     async def heal(self) -> None:
-        """Undoes what has not passed by itself."""
+        """Undoes it, or waits until it has passed by itself."""
         if self._passing is not None:
             await self._passing
         else:
@@ -70,6 +65,10 @@ class Injection:
         match self._fault:
             case Struck(victim, blow):
                 return self._struck(victim, blow)
+            case KilledTogether(victims):
+                pids = [self._pid(victim) for victim in victims]
+                self.struck = frozenset(pids)
+                return lambda: kill(pids), None
             case Cut(link, lasting):
                 self._undo = lambda: self._set_link(link, up=True)
                 return lambda: self._set_link(link, up=False), FREEZE_S if lasting is Lasting.A_WHILE else None
@@ -84,8 +83,7 @@ class Injection:
                 assert_never(self._fault)
 
     def _struck(self, victim: Victim, blow: Blow) -> tuple[Callable[[], None], float | None]:
-        pid = self._destination_qemu if victim is Victim.DESTINATION_QEMU else self._cast.pids[victim]
-        assert pid is not None, f"there is no {victim}"
+        pid = self._pid(victim)
         self.struck = frozenset({pid})
         match blow:
             case Blow.FREEZE:
@@ -99,6 +97,11 @@ class Injection:
                 return lambda: kill([pid]), RESTART_AFTER_S
             case _:
                 assert_never(blow)
+
+    def _pid(self, victim: Victim) -> int:
+        pid = self._destination_qemu if victim is Victim.DESTINATION_QEMU else self._cast.pids[victim]
+        assert pid is not None, f"there is no {victim}"
+        return pid
 
     def _restarted(self, victim: Victim) -> Daemon | None:
         if victim not in _RESTARTED:

@@ -1,4 +1,4 @@
-"""What a migration may leave behind, looked for on every host."""
+"""What a migration may leave behind, looked for on both of its hosts."""
 
 import asyncio
 from typing import Final
@@ -8,19 +8,18 @@ import grpc.aio
 from handoff.agent.v1.qemu_pb2 import HandoffState
 from handoff_controller.settle import SETTLED
 from handoff_lab.fabric import OVERLAY_NET
-from handoff_lab.guest import Guests, Sighting
+from handoff_lab.guest import Sighting
 from handoff_lab.host import SLOTS, Host
-from soak.scene import CONFIG, HOSTS, Scene, qemus
+from soak.scene import Scene, qemus
 
 LOOK_AGAIN_S: Final = 0.3
 
 
 async def leftovers(scene: Scene, home: str | None) -> list[str]:
     """All that is there and should not be, when the guest's home is `home`; None: it is nowhere."""
-    guests = Guests(scene.fleet)
-    sightings = await asyncio.to_thread(guests.sightings)
+    sightings = await asyncio.to_thread(scene.guests.sightings)
     found = _domains(scene, sightings, home)
-    for host in (Host(scene.fleet.lab, n) for n in range(1, CONFIG.hosts + 1)):
+    for host in scene.hosts():
         running = sum(seen.host == host.name and seen.state == "running" for seen in sightings)
         looks = await asyncio.gather(
             asyncio.to_thread(_processes, scene, host, home),
@@ -29,7 +28,7 @@ async def leftovers(scene: Scene, home: str | None) -> list[str]:
             asyncio.to_thread(_files, scene, host, home),
         )
         found += [f"{host.name}: {left}" for look in looks for left in look]
-    for name in HOSTS:
+    for name in scene.lane.hosts:
         found += await _handoffs(scene, name)
     return found
 

@@ -11,7 +11,6 @@ import grpc.aio
 from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_controller.machine import FINAL, State, state_of
 from handoff_lab.errors import LabError
-from handoff_lab.guest import Guests
 from handoff_lab.journal import check_image
 from handoff_lab.probe import GuestControl, TcpSession
 from soak.cells import Expectation, Where
@@ -32,7 +31,9 @@ class Findings:
 
     where: str = ""
     """The host's part, "source" or "destination"; "nowhere" for a guest that is gone."""
-    ran_again_ms: float | None = None
+    outage_ms: float | None = None
+    """See Pulse.outage_ms; None for a guest that is gone."""
+    silences_ms: list[tuple[int, int]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -43,7 +44,7 @@ class Witnesses:
         node, address = scene.fleet.node(OBSERVER), scene.guest.ip
         self._scene = scene
         self._control = GuestControl(node, address, CONTROL_S)
-        self.pulse = Pulse(node, address)
+        self.pulse = Pulse.within(node, address)
         self._session = TcpSession(node, address)
         self._writers = Writers(scene.image)
         self._stack = AsyncExitStack()
@@ -115,12 +116,12 @@ async def judge(
     findings.problems += await (witnesses.dead() if lost else witnesses.alive())
     home = await asyncio.to_thread(_home, scene)
     findings.where = _part(cast, home)
+    findings.silences_ms = witnesses.pulse.silences_ms(struck_ns)
     if not lost:
-        findings.ran_again_ms = witnesses.pulse.ran_again_ms(struck_ns)
-        findings.problems += _outage(findings.ran_again_ms, expected)
-    if lost != (home is None) or (
-        expected.where in (Where.SOURCE, Where.DESTINATION) and findings.where != expected.where
-    ):
+        findings.outage_ms = witnesses.pulse.outage_ms(struck_ns)
+        findings.problems += _outage(findings.outage_ms, expected)
+    allowed = {Where.EITHER: {"source", "destination"}, Where.LOST: {"nowhere"}}
+    if findings.where not in allowed.get(expected.where, {str(expected.where)}):
         findings.problems.append(f"the guest is {findings.where}, not {expected.where}: {story(migration)}")
     left = await none_left(scene, home, LEFTOVERS_S)
     findings.problems += [f"left behind: {what}" for what in left]
@@ -129,7 +130,7 @@ async def judge(
 
 
 def _home(scene: Scene) -> str | None:
-    active = [seen for seen in Guests(scene.fleet).find(scene.guest.name) if seen.state == "running"]
+    active = [seen for seen in scene.guests.find(scene.guest.name) if seen.state == "running"]
     return active[0].host if len(active) == 1 else None
 
 
@@ -137,11 +138,11 @@ def _part(cast: Cast, home: str | None) -> str:
     return {cast.source: "source", cast.destination: "destination"}.get(home or "", "nowhere")
 
 
-def _outage(ran_again_ms: float | None, expected: Expectation) -> list[str]:
-    if ran_again_ms is None:
+def _outage(outage_ms: float | None, expected: Expectation) -> list[str]:
+    if outage_ms is None:
         return ["the guest does not run"]
-    if expected.outage_s is not None and not expected.waits and ran_again_ms > 1000 * expected.outage_s:
-        return [f"the guest ran again only after {ran_again_ms:.0f} ms, more than {expected.outage_s:g} s"]
+    if expected.outage_s is not None and not expected.waits and outage_ms > 1000 * expected.outage_s:
+        return [f"the guest was away for {outage_ms:.0f} ms, more than {expected.outage_s:g} s"]
     return []
 
 
@@ -156,6 +157,12 @@ async def record_problems(scene: Scene, cast: Cast, migration: Migration, home: 
         problems.append(f"the record says {state.name}, and the guest is at {home}: {story(migration)}")
     if state is State.ABORTED and not migration.error:
         problems.append("the record does not say why it was aborted")
+    if migration.needs_decision:
+        problems.append(f"the record still asks for a decision: {migration.needs_decision}")
+    if home is None and state is State.DONE and not migration.loss.certain:
+        problems.append(f"the guest is gone, and the record does not say so: {story(migration)}")
+    if home is not None and migration.HasField("loss"):
+        problems.append(f"the guest is there, and the record has it as lost: {migration.loss.reason}")
     try:
         guest = await scene.controllers.guest(scene.guest.uuid)
     except grpc.aio.AioRpcError as error:

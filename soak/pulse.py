@@ -18,7 +18,7 @@ from handoff_lab.node import Node
 from handoff_lab.probe import ECHO_PORT
 
 INTERVAL_S: Final = 0.01
-SILENCE_MS: Final = 200.0
+SILENCE_MS: Final = 60.0
 """A shorter silence is the machine's, not the guest's."""
 CLOCKS_AGREE_NS: Final = 20_000_000
 """The guest's clock is QEMU's, and may drift this much against ours within a cell."""
@@ -36,11 +36,10 @@ class Silence:
 class Pulse:
     """Use it as a context; `silences` and `contradiction` may be read at any time."""
 
-    def __init__(self, node: Node, address: str) -> None:
-        """Sends from `node` to the guest at `address`."""
-        with NetNamespace.of(node) as network:
-            self._socket = network.socket(kind=socket.SOCK_DGRAM)
-        self._socket.connect((address, ECHO_PORT))
+    def __init__(self, client: socket.socket, address: str, port: int = ECHO_PORT) -> None:
+        """Sends by `client`, a datagram socket that it takes over, to the guest at `address`."""
+        self._socket = client
+        self._socket.connect((address, port))
         self._socket.settimeout(INTERVAL_S)
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"pulse-{address}", daemon=True)
@@ -49,6 +48,12 @@ class Pulse:
         self.heard_ns = time.monotonic_ns()
         self.answers = 0
         self.contradiction = ""
+
+    @classmethod
+    def within(cls, node: Node, address: str) -> Self:
+        """Sends from `node`. Raises LabError when that is down."""
+        with NetNamespace.of(node) as network:
+            return cls(network.socket(kind=socket.SOCK_DGRAM), address)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -72,13 +77,22 @@ class Pulse:
             found.append(Silence(self.heard_ns, None))
         return found
 
-    def ran_again_ms(self, since_ns: int) -> float | None:
-        """From `since_ns` until the guest answered for good; 0 when it was never silent, None while it is."""
-        after = [one for one in self.silences() if one.ended_ns is None or one.ended_ns > since_ns]
-        if not after:
-            return 0.0
-        ended_ns = after[-1].ended_ns
-        return None if ended_ns is None else (ended_ns - since_ns) / 1e6
+    def outage_ms(self, since_ns: int) -> float | None:
+        """From `since_ns`, or from the beginning of a later silence, until the guest answered again: the longest such.
+
+        0 when it was never silent, None while it is.
+        """
+        outages = [(max(one.began_ns, since_ns), one.ended_ns) for one in self.silences()]
+        if any(ended_ns is None for _, ended_ns in outages):
+            return None
+        return max((max(0, ended_ns - began_ns) / 1e6 for began_ns, ended_ns in outages if ended_ns), default=0.0)
+
+    def silences_ms(self, since_ns: int) -> list[tuple[int, int]]:
+        """When each silence began, from `since_ns`, and its length; one that goes on has none."""
+        return [
+            (round((one.began_ns - since_ns) / 1e6), round(((one.ended_ns or one.began_ns) - one.began_ns) / 1e6))
+            for one in self.silences()
+        ]
 
     def _beat(self) -> None:
         number, due = 0, time.monotonic()
@@ -112,11 +126,8 @@ class Pulse:
 
     def _judge(self, at_least_ns: int, at_most_ns: int) -> None:
         """The distance of the clocks as an answer bounds it; answers may overtake each other by what they took."""
-        if (
-            self._distance_ns is not None
-            and at_most_ns + CLOCKS_AGREE_NS < self._distance_ns
-            and not self.contradiction
-        ):
-            back_ms = (self._distance_ns - at_most_ns) / 1e6
-            self.contradiction = f"the guest's clock jumped ahead by {back_ms:.0f} ms: another copy answered"
-        self._distance_ns = max(at_least_ns, self._distance_ns or at_least_ns)
+        farthest_ns = self._distance_ns if self._distance_ns is not None else at_least_ns
+        if at_most_ns + CLOCKS_AGREE_NS < farthest_ns and not self.contradiction:
+            ahead_ms = (farthest_ns - at_most_ns) / 1e6
+            self.contradiction = f"the guest's clock jumped ahead by {ahead_ms:.0f} ms: another copy answered"
+        self._distance_ns = max(at_least_ns, farthest_ns)

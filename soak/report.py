@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from soak.cell_run import Result
-from soak.cells import Cell, expectation
-from soak.faults import FAULTS
+from soak.cells import STANDS_STILL, Cell, expectation
+from soak.faults import FAULTS, Blow, KilledTogether, Struck, Victim
 from soak.moments import Moment
 
 FOLDER: Final = Path("out/soak")
@@ -28,9 +28,25 @@ def save(folder: Path, results: Mapping[str, Result], seed: int) -> None:
     """Writes both files, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     cells = [dataclasses.asdict(result) for result in results.values()]
-    summary = {"run": len(cells), "ok": sum(result.ok for result in results.values()), "seed": seed}
+    ok = sum(result.ok for result in results.values())
+    summary = {"run": len(cells), "ok": ok, "seed": seed, "recovery_ms": recovery_ms(results)}
     _replace(folder / "matrix.json", json.dumps({"summary": summary, "cells": cells}, indent=1) + "\n")
     _replace(folder / "matrix.txt", table(results))
+
+
+def recovery_ms(results: Mapping[str, Result]) -> dict[str, float]:
+    """The slowest returns of a guest to its source after its destination died in the switch, by fault."""
+    deaths = (Struck(Victim.DESTINATION_QEMU, Blow.KILL), KilledTogether())
+    return {
+        fault.name: max(after)
+        for fault in deaths
+        if (after := [_outage_ms(results, Cell(moment, fault)) for moment in STANDS_STILL])
+    }
+
+
+def _outage_ms(results: Mapping[str, Result], cell: Cell) -> float:
+    result = results.get(cell.name)
+    return (result.outage_ms or 0.0) if result is not None else 0.0
 
 
 def table(results: Mapping[str, Result]) -> str:
@@ -49,8 +65,8 @@ def table(results: Mapping[str, Result]) -> str:
 
 LEGEND: Final = (
     "S, D: the guest ran at the source, the destination; lost: the fault ended its only copy. Then the milliseconds "
-    "from the fault until it answered again, 0 when it was never silent; w: it waited, paused, until the fault was "
-    "over; !: not as it must be."
+    "from the fault, or a later silence, until it answered again, 0 when it was never silent; w: it "
+    "waited, paused, until the fault was over; !: not as it must be."
 )
 _SHORT: Final = {"source": "S", "destination": "D", "nowhere": "lost", "": "?"}
 
@@ -61,7 +77,7 @@ def _entry(cell: Cell, results: Mapping[str, Result]) -> str:
     result = results.get(cell.name)
     if result is None:
         return NOT_RUN
-    after = "" if result.ran_again_ms is None else f" {result.ran_again_ms:.0f}"
+    after = "" if result.outage_ms is None else f" {result.outage_ms:.0f}"
     return f"{_SHORT[result.where]}{after}{' w' if result.waited else ''}{'' if result.ok else ' !'}"
 
 

@@ -12,19 +12,15 @@ from pathlib import Path
 from typing import Final
 
 import click
-import grpc.aio
 
-from handoff_lab.errors import LabError
 from handoff_lab.fleet import Fleet
 from handoff_lab.state import DEFAULT_PREFIX, Lab
 from soak import report
-from soak.care import controller_names, found_fleet, mend, renew, wait_healthy
-from soak.cell_run import Result, run_cell
+from soak.cell_run import Result
 from soak.cells import Cell, matrix, subset
-from soak.clients import Controllers
-from soak.scene import Scene
+from soak.stage import Stage
 
-LAB: Final = Path("/var/tmp/handoff-soak")
+LAB: Final = Path("/var/tmp/handoff-soak")  # noqa: S108
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,29 +40,13 @@ class Choice:
             cells = tuple(cell for cell in cells if any(fnmatch.fnmatch(cell.name, pattern) for pattern in self.only))
         if self.count:
             return subset(cells, self.count, self.seed)
-        return random.Random(self.seed).sample(cells, len(cells))  # noqa: S311 - an order of tests
+        return random.Random(self.seed).sample(cells, len(cells))
 
 
-Told = Callable[[Result], None]
-
-
-async def soak(fleet: Fleet, cells: Sequence[Cell], told: Told, until: float = float("inf")) -> None:
-    """Runs cells one after the other, on a fleet that it founds; `told` hears of each. Stops before `until` (monotonic)."""
-    guest = await asyncio.to_thread(found_fleet, fleet)
-    async with Controllers(fleet.lab, controller_names()) as controllers:
-        scene = Scene(fleet, controllers, guest)
-        await wait_healthy(scene)
-        for cell in cells:
-            if time.monotonic() > until:
-                return
-            result = await run_cell(scene, cell)
-            try:
-                await mend(scene)
-            except (LabError, OSError, TimeoutError, grpc.aio.AioRpcError) as error:
-                result.problems.append(f"a new fleet was needed: {error}")
-                result.ok = False
-                scene = await renew(scene, controllers)
-            told(result)
+async def soak(fleet: Fleet, cells: Sequence[Cell], told: Callable[[Result], None], until: float) -> None:
+    """Runs cells on a fleet that it founds; `told` hears of each. Begins none after `until`, by the monotonic clock."""
+    async with Stage(fleet) as stage:
+        await stage.run(cells, told, lambda: time.monotonic() < until)
 
 
 @click.command()
@@ -81,6 +61,7 @@ def main(seed: int, count: int, only: tuple[str, ...], resume: bool, minutes: fl
     cells = Choice(seed, count, only).cells()
     known = report.load(report.FOLDER) if resume else {}
     cells = [cell for cell in cells if cell.name not in known or not known[cell.name].ok]
+    cells.sort(key=lambda cell: cell.name in known)
     if listing:
         click.echo("\n".join(cell.name for cell in cells))
         return
@@ -91,7 +72,7 @@ def main(seed: int, count: int, only: tuple[str, ...], resume: bool, minutes: fl
     def told(result: Result) -> None:
         results[result.cell] = result
         report.save(report.FOLDER, results, seed)
-        after = "" if result.ran_again_ms is None else f", ran again after {result.ran_again_ms:.0f} ms"
+        after = "" if result.outage_ms is None else f", away for {result.outage_ms:.0f} ms"
         click.echo(f"{'ok    ' if result.ok else 'BROKEN'} {result.cell}: {result.where}{after} ({result.seconds} s)")
         for problem in result.problems:
             click.echo(f"         {problem}")

@@ -20,11 +20,31 @@ from handoff_lab.state import GuestRecord, LabConfig
 from soak.clients import AgentSide, Controllers
 from soak.faults import Victim
 
-HOSTS: Final = ("h1", "h2")
-OBSERVER: Final = "h3"
-CONFIG: Final = LabConfig(hosts=3, controllers=2, etcd=3)
+OBSERVER: Final = "h5"
+CONFIG: Final = LabConfig(hosts=5, controllers=2, etcd=3)
 DISK_MIB: Final = 48
 _AGENT_FILES: Final = ("agent", "slot-a/var/lib/libvirt", "slot-a/var/log/libvirt")
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Two hosts between which one guest moves. What breaks in one lane does not touch the other."""
+
+    name: str
+    hosts: tuple[str, str]
+
+    @property
+    def guest(self) -> str:
+        """The guest that is moved."""
+        return f"guest-{self.name}"
+
+    @property
+    def blocker(self) -> str:
+        """The guest that goes first where that has to wait."""
+        return f"blocker-{self.name}"
+
+
+LANES: Final = (Lane("a", ("h1", "h2")), Lane("b", ("h3", "h4")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +61,28 @@ class Cast:
 
 
 class Scene:
-    """A fleet with a guest on it."""
+    """A fleet, and a lane of it with its guest.
 
-    def __init__(self, fleet: Fleet, controllers: Controllers, guest: GuestRecord) -> None:
+    `holding` is shared by all lanes: to hold a migration, etcd is frozen, and only one at a time may do that.
+    """
+
+    def __init__(
+        self, fleet: Fleet, lane: Lane, controllers: Controllers, guest: GuestRecord, holding: asyncio.Lock
+    ) -> None:
         self.fleet = fleet
+        self.lane = lane
         self.controllers = controllers
         self.guest = guest
+        self.holding = holding
+
+    @property
+    def guests(self) -> Guests:
+        """The guests of the lane."""
+        return Guests(self.fleet, self.lane.hosts)
+
+    def hosts(self) -> list[Host]:
+        """The hosts of the lane."""
+        return [self.fleet.host(name) for name in self.lane.hosts]
 
     @property
     def image(self) -> Path:
@@ -59,8 +95,8 @@ class Scene:
 
     async def cast(self) -> Cast:
         """Looks everybody up, while all is well. Raises LabError when something is not."""
-        source = (await asyncio.to_thread(Guests(self.fleet).running_on, self.guest.name)).name
-        destination = next(host for host in HOSTS if host != source)
+        source = (await asyncio.to_thread(self.guests.running_on, self.guest.name)).name
+        destination = next(host for host in self.lane.hosts if host != source)
         leader, etcd_leader = await asyncio.gather(self.leader(), self.etcd_leader())
         members = [f"etcd{n}" for n in range(1, CONFIG.etcd + 1)]
         etcd_follower = next(name for name in members if name != etcd_leader)
@@ -122,11 +158,10 @@ class Scene:
 
 
 def raise_fleet(fleet: Fleet) -> None:
-    """Brings the fleet up; the hosts h1 and h2 keep what is theirs on a small disk of its own, so that it can be full."""
+    """Brings the fleet up. What is theirs, the hosts keep on a small disk of their own, so that it can be full."""
     with fleet.lab.locked():
         fleet.lab.save_config(CONFIG)
-    for name in HOSTS:
-        host = fleet.host(name)
+    for host in (fleet.host(name) for lane in LANES for name in lane.hosts):
         host.boot(CONFIG)
         _own_disk(host)
     fleet.up(hosts=CONFIG.hosts, controllers=CONFIG.controllers, etcd=CONFIG.etcd)

@@ -4,6 +4,7 @@ A record has a sequence number and the guest's clock (lab/guest/journal.c), and 
 of a guest that both run write the same numbers at different times: whichever comes second is seen to replace the first.
 """
 
+import itertools
 import struct
 import threading
 from dataclasses import dataclass, field
@@ -38,8 +39,7 @@ class Sightings:
 
     def in_order(self) -> None:
         """Checks that later records have later clocks."""
-        ordered = sorted(self.clocks.items())
-        for (seq, clock_ns), (following, later_ns) in zip(ordered, ordered[1:], strict=False):
+        for (seq, clock_ns), (following, later_ns) in itertools.pairwise(sorted(self.clocks.items())):
             if later_ns < clock_ns:
                 self._contradict(f"record {following} is older than record {seq}")
 

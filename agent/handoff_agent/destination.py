@@ -42,6 +42,8 @@ ACCEPT_TIMEOUT_S: Final = 2.0
 SOCKET_POLL_S: Final = 0.005
 ACTIVATE_TIMEOUT_S: Final = 5.0
 ACTIVATE_RETRY_S: Final = 0.1
+LAST_LOOK_S: Final = 1.0
+LAST_LOOK_POLL_S: Final = 0.02
 WATCH_RETRY_S: Final = 1.0
 
 _CAPABILITIES: Final = {"return-path": True, "events": True}
@@ -168,14 +170,33 @@ class DestinationHandoff(Handoff):
         first = not self.record.activating
         if not await self._may_run(first=first):
             return
-        # From here on only QEMU's own word, or the domain's end, can tell that it never ran.
-        await self.change(activating=True)
+        # From here on only QEMU's own word, or the domain's end, can tell that it never ran. A last look, in the time
+        # that the record takes: libvirt does not notice at once that a QEMU was killed.
+        _, has_ended = await asyncio.gather(self.change(activating=True), self._has_ended())
+        if first and has_ended:
+            await self.change(state=FAILED, message="its QEMU had ended before it was told to run", never_ran=True)
+            return
         with self._slot.events(self.record.domain_uuid) as events:
             ran_s = await self._run(events, deadline, first=first)
         if ran_s is None:
             return
         self._stop_watching()
         await self.change(state=ACTIVE, running_s=ran_s, call_to_running_ms=max(0.0, 1000 * (ran_s - arrived_s)))
+
+    async def _has_ended(self) -> bool:
+        """Whether QEMU is certainly gone; False when that is not known."""
+        try:
+            await self._monitor.query_status(timeout_s=LAST_LOOK_S, urgent=True)
+        except (DeadlineError, UnavailableError):
+            return False
+        except HandoffError:
+            deadline = time.monotonic() + LAST_LOOK_S
+            while time.monotonic() < deadline:
+                with contextlib.suppress(DeadlineError, UnavailableError):
+                    if not await is_active(self._slot, self.record.domain_uuid):
+                        return True
+                await asyncio.sleep(LAST_LOOK_POLL_S)
+        return False
 
     async def _may_run(self, *, first: bool) -> bool:
         """The companions have done what comes before the guest runs; FAILED if not. `first`: as of `_run`."""

@@ -303,6 +303,27 @@ async def test_a_destination_that_goes_away_never_ran(move: Move) -> None:
     assert await move.is_running(move.source)
 
 
+async def test_a_destination_that_is_killed_just_before_it_is_told_to_run_never_ran(move: Move) -> None:
+    """libvirt still takes the domain for a live one when Activate comes."""
+    await move.advance(HELD)
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    os.kill(incoming_qemu(move.guest), signal.SIGKILL)
+    await destination.activate()
+    assert destination.state == FAILED
+    assert destination.to_message().never_ran
+    await move.abort()
+    assert await move.is_running(move.source)
+
+
+def incoming_qemu(guest: str) -> int:
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if guest.encode() in words and b"-incoming" in words:
+                return int(process.name)
+    raise AssertionError(f"no QEMU waits for {guest}")
+
+
 async def test_a_source_that_goes_away_fails_and_says_so(move: Move) -> None:
     await move.advance(READY)
     await move.source.slot.on_domain(move.guest, lambda domain: domain.destroy())

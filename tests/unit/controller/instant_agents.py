@@ -28,6 +28,7 @@ class InstantAgent:
         self._domains = {domain.uuid: domain for domain in domains}
         self._moving: dict[str, Domain] = {}
         self._states: dict[str, HandoffState.ValueType] = {}
+        self._messages: dict[str, str] = {}
         self._changed = asyncio.Condition()
 
     def _must_be_there(self, call: str) -> None:
@@ -118,6 +119,11 @@ class InstantAgent:
                 async with self._changed:
                     await self._changed.wait()
 
+    async def fail(self, migration_id: str, message: str) -> None:
+        """Its side of a migration goes wrong by itself."""
+        self._messages[migration_id] = message
+        await self._do("", migration_id, HandoffState.HANDOFF_STATE_FAILED)
+
     async def _do(self, call: str, migration_id: str, state: "HandoffState.ValueType") -> Handoff:
         self._must_be_there(call)
         self.calls.append((call, migration_id))
@@ -127,7 +133,8 @@ class InstantAgent:
         return self._handoff(migration_id)
 
     def _handoff(self, migration_id: str) -> Handoff:
-        return Handoff(migration_id=migration_id, state=self._states[migration_id], was_running=True)
+        message = self._messages.get(migration_id, "")
+        return Handoff(migration_id=migration_id, state=self._states[migration_id], was_running=True, message=message)
 
 
 class InstantAgents:

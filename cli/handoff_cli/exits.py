@@ -9,7 +9,7 @@ class Exit(IntEnum):
     OK = 0
     """Done. With `--wait` and `watch`: the guest runs where it was asked to."""
     ABORTED = 1
-    """The migration was undone; the guest is where it was, or it is lost. Of a rollout: a guest failed, or it was cancelled."""
+    """The migration was undone, the guest is where it was; or the guest is lost. Of a rollout: a guest failed."""
     USAGE = 2
     """The command line, its configuration or the request is wrong (INVALID_ARGUMENT)."""
     NOT_FOUND = 3

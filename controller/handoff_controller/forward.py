@@ -5,7 +5,6 @@ destroyed), or it is decided so: see standstill.py.
 """
 
 import asyncio
-from contextlib import aclosing
 from datetime import UTC, datetime
 
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffState
@@ -102,13 +101,10 @@ class Forward:
     async def _activated(self) -> Handoff:
         """Activate. A copy that was aborted refuses it: its state is the answer, and may be the proof."""
         try:
-            migration = self._way.migration
-            return await self._way.destination.activate(
-                self._way.fence, migration.id, keep_paused=migration.stays_paused
-            )
+            return await self._way.activate()
         except PreconditionError:
             # A leader that ended between the proof and its record has aborted it.
-            handoff = await self._seen()
+            handoff = await self._way.see_destination()
             if handoff.state != HandoffState.HANDOFF_STATE_ABORTED:
                 raise
             return handoff
@@ -118,14 +114,10 @@ class Forward:
             self._way.fence, self._way.migration.id, DESTINATION, f"the guest goes on at {self._way.at_source}"
         )
 
-    async def _seen(self) -> Handoff:
-        async with aclosing(self._way.destination.watch(self._way.migration.id, DESTINATION)) as states:
-            return await anext(states)
-
     async def _look(self) -> Handoff | None:
         """The destination's side as its agent tells it; None when that can't be reached."""
         try:
-            return await self._way.insist(self._seen, LOOK_S)
+            return await self._way.insist(self._way.see_destination, LOOK_S)
         except StepFailed:
             return None
 

@@ -44,10 +44,14 @@ FINAL = frozenset({Phase.DONE, Phase.FAILED, Phase.CANCELLED})
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What the records say. `upgrades`: those of the rollout that exist, by id; `guests`: by UUID, with `domain`."""
+    """What the records say. `upgrades`: those of the rollout that exist, by id; `guests`: by UUID, with `domain`.
+
+    `unrecorded`: UUIDs of guests that the host runs, by its agent's word, before the records know of them.
+    """
 
     upgrades: Mapping[str, Migration]
     guests: Mapping[str, Guest]
+    unrecorded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +139,9 @@ def _give_turns(rollout: Rollout, look: Look) -> None:
         if turn_of(guest) is not Turn.PENDING:
             continue
         record = look.guests.get(guest.uuid)
-        if (nothing_to_do := _nothing_to_do(rollout, record)) is not None:
+        if record is None and guest.uuid in look.unrecorded:
+            guest.reason = "waits until it is in the records"
+        elif (nothing_to_do := _nothing_to_do(rollout, record)) is not None:
             _turn(guest, Turn.SKIPPED, nothing_to_do)
         elif record is not None and record.active_migration:
             guest.reason = f"waits for migration {record.active_migration}, which has it now"

@@ -15,7 +15,7 @@ from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_common.errors import HandoffError, InvalidArgumentError, PreconditionError
 from handoff_controller.decisions import TO_DESTINATION, TO_SOURCE, Asked, Decision, Decisions
 from handoff_controller.fencing import Fencing
-from handoff_controller.journey import Journey
+from handoff_controller.journey import ORDER_LIFE_S, Journey
 from handoff_controller.machine import state_of
 
 
@@ -64,7 +64,8 @@ class Standstill:
                 asked.refuse(PreconditionError(f"{self._way.at_destination} has no copy any more that could run"))
                 return Then.GO_ON
             if asked.decision.target == TO_DESTINATION:
-                await self._way.note(_decided_forward(asked.decision, self._way.fence.term))
+                if self._way.migration.recovery.target != TO_DESTINATION:
+                    await self._way.note(_decided_forward(asked.decision, self._way.fence.term))
                 asked.take()
                 return Then.GO_ON
             how = await self._fenced(asked.decision)
@@ -112,6 +113,8 @@ class Standstill:
                 f" it{hint}. Look again in a moment; if it can't, turn {there} off first"
             )
         if decision.fenced_host:
+            # An order that is still on its way is refused by then.
+            await asyncio.sleep(max(0.0, ORDER_LIFE_S - self._way.since_heard_s()))
             return f"{there} is fenced, by the word of {decision.by}"
         if not self._fencing.configured:
             raise PreconditionError(

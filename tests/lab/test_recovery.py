@@ -17,6 +17,8 @@ from handoff_common.channel import open_channel
 from handoff_controller.etcd.lease import MIN_TTL_S
 from handoff_controller.machine import State, state_of
 from handoff_lab.fleet import Fleet
+from handoff_lab.guest import Guests
+from handoff_lab.node import wait_for
 from handoff_lab.probe import TcpSession, UdpProbe
 
 pytestmark = pytest.mark.lab
@@ -34,6 +36,12 @@ async def ran_again_s(probe: UdpProbe, since: float) -> float:
     ends = [end for end in (gap.began_at_s + gap.length_ms / 1000 for gap in gaps) if end > since]
     assert ends, f"the guest was never silent after {since}: {gaps}"
     return max(ends) - since
+
+
+def gone_from(fleet: Fleet, host: str, guest: str) -> None:
+    """Waits until the host has nothing of the guest any more."""
+    found = Guests(fleet)
+    wait_for(lambda: all(seen.host != host for seen in found.find(guest)), 15, f"{guest} gone from {host}")
 
 
 async def recover(
@@ -111,6 +119,7 @@ async def test_an_operator_takes_a_committed_guest_back(subject: Subject, fleet:
         await asyncio.to_thread(agent.start)
         assert state_of(migration) is State.ABORTED, story(migration)
         assert "by the word of operator@lab" in migration.recovery.how
+        await asyncio.to_thread(gone_from, fleet, there, subject.name)
         await subject.must_be_at(here)
     assert session.result().survived, session.result()
     async with open_channel(f"unix:{fleet.lab.agent_socket(there)}") as channel:

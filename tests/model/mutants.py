@@ -81,7 +81,7 @@ MUTANTS: dict[str, tuple[Mutant, tuple[Trouble, ...]]] = {
     "a destination that obeys an order out of the buffers of a cut link": (
         Mutant(agents=Bugs(obeys_late_orders=True)),
         (
-            Trouble(AT_THE_COMMIT + 1, Kind.LATE, 0.0, 40.0),
+            Trouble(AT_THE_COMMIT + 1, Kind.LATE, 0.0, 12.0),
             Trouble(AT_THE_COMMIT + 2, Kind.DESTINATION_CUT, 0.0, 40.0),
         ),
     ),

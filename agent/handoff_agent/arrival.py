@@ -1,9 +1,10 @@
 """What is looked at before a guest may come to this host, and the XML that it comes with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from handoff.agent.v1 import qemu_pb2 as pb
+from handoff_agent.builds import has_multifd
 from handoff_agent.domain_xml import XmlChanges, destination_xml, persistent_xml
 from handoff_agent.emulators import Emulators
 from handoff_agent.movable import destination_obstacles, refusal
@@ -22,6 +23,8 @@ class Arrival:
     """Empty for a transient guest."""
     cpr_obstacles: tuple[str, ...] = ()
     """Why its memory can't be passed on to the build that it gets."""
+    multifd: bool = False
+    """Both QEMUs can copy over several connections."""
 
 
 class Arrivals:
@@ -51,7 +54,9 @@ class Arrivals:
         local = method in LOCAL_METHODS
         if local and slot == domain.slot:
             raise InvalidArgumentError(f"guest {domain.name} is in slot {slot} already")
-        facts = await self._survey.host_facts(domain, slot, method, emulator)
+        facts = replace(
+            await self._survey.host_facts(domain, slot, method, emulator), device_types=frozenset(guest.device_types)
+        )
         refused = refusal(destination_obstacles(domain, facts))
         if refused is not None:
             raise refused
@@ -74,4 +79,5 @@ class Arrivals:
             cpr_socket=cpr_socket if method == pb.TRANSFER_METHOD_CPR else "",
         )
         persistent = persistent_xml(guest.persistent_xml, changes) if guest.persistent_xml else ""
-        return Arrival(destination_xml(guest.live_xml, changes), persistent, no_cpr)
+        multifd = all(has_multifd(release) for release in (domain.qemu_release, build.release))
+        return Arrival(destination_xml(guest.live_xml, changes), persistent, no_cpr, multifd)

@@ -9,7 +9,7 @@ from typing import Final
 import structlog
 
 from handoff_agent.outgoing import OutgoingMigration
-from handoff_agent.stream import Stream
+from handoff_agent.stream import Connection
 from handoff_common.errors import HandoffError
 
 CANCEL_TIMEOUT_S: Final = 5.0
@@ -26,7 +26,7 @@ class Breaker:
         on_break: Callable[[], None],
     ) -> None:
         """`on_break` is called when the transfer is broken, before QEMU is told."""
-        self.stream: Stream | None = None
+        self.stream: Connection | None = None
         """Ours while we have it: an agent that was restarted does not."""
         self.reason = ""
         """Why it was broken; empty while it was not."""

@@ -1,7 +1,8 @@
 """The memory is copied over a socket while the guest runs, pass by pass, until what is left fits the pause.
 
     begin     migrate                                 [active]
-    look      near the end of a pass: slow down                READY
+    look      what is left fits the pause                      READY
+              no order comes: slow down
     go        full speed
     look      little is left: stop
               STOP event, the rest is sent            [pre-switchover]
@@ -13,17 +14,21 @@ A QEMU before 8.1 pauses the guest by itself after the order, or before it when 
 import time
 from typing import Final
 
+from handoff_agent.channels import LocalChannels
 from handoff_agent.convergence import Action, ConvergenceSettings, Sample, decide, next_look_s
+from handoff_agent.local_sockets import MULTIFD
 from handoff_agent.meter import Meter, progress
 from handoff_agent.monitor import MigrationInfo, MigrationStatus, QmpError
 from handoff_agent.outgoing import OutgoingMigration
-from handoff_agent.stream import Stream
+from handoff_agent.stream import Connection, Stream
 from handoff_agent.transfer import GATED_POLL_S, ORDERED_POLL_S, READY_POLL_S, Switch
 from handoff_common.errors import HandoffError
 
 # After the order QEMU may first only pause the guest for this share of the allowed time; most guests get by with it.
 FIRST_SHARE_OF_DOWNTIME: Final = 1 / 20
 FULL_LIMIT_AFTER_S: Final = 0.1
+# A copy that was slowed down goes on only with QEMU's next window of 100 ms; mostly the order comes at once.
+SLOW_DOWN_AFTER_S: Final = 1.0
 # More than QEMU does between two looks while it is held back, and a time after which it surely no longer is.
 MOVES_BYTES: Final = 256 << 10
 MOVES_PASSES: Final = 10
@@ -42,11 +47,16 @@ class Copying:
         self._samples: list[Sample] = []
         self._held_back = held_back
         self._held_at: MigrationInfo | None = None
+        self._ready_s = 0.0
         self._allowed_ms = 0
         self._continued = False
 
-    async def begin(self, uri: str) -> Stream:
-        """Copies to "tcp:…" or "unix:…"."""
+    async def begin(self, uri: str) -> Connection:
+        """Copies to "tcp:…", "unix:…" or "multifd:…"."""
+        if uri.startswith(MULTIFD):
+            path = uri.removeprefix(MULTIFD)
+            await self._migration.begin_multifd(path)
+            return LocalChannels(path)
         stream = await Stream.connect(uri)
         try:
             await self._migration.begin(stream.fileno())
@@ -68,11 +78,13 @@ class Copying:
             await self._stop_if_little_is_left(info)
             return ORDERED_POLL_S
         if decision.action is Action.READY:
-            if not self._held_back:
+            self._ready_s = self._ready_s or time.monotonic()
+            if not self._held_back and await self._must_wait():
                 await self._migration.hold(info.cpu_throttle_percent)
                 self._held_back = True
             await self._switch.say_ready(ready=True)
             return READY_POLL_S
+        self._ready_s = 0.0
         if self._held_back:
             await self._migration.go_on()
             self._held_back = False
@@ -94,6 +106,10 @@ class Copying:
             await self._allow(max(1, int(self._switch.record.downtime_limit_ms * FIRST_SHARE_OF_DOWNTIME)))
         elif self._allowed_ms < self._full_limit_ms() and self._since_order_s() > FULL_LIMIT_AFTER_S:
             await self._allow(self._full_limit_ms())
+
+    async def _must_wait(self) -> bool:
+        """Whether to slow down for the order: at once where QEMU may pause the guest by itself."""
+        return time.monotonic() - self._ready_s > SLOW_DOWN_AFTER_S or not await self._migration.is_gated()
 
     async def _continue(self) -> None:
         self._continued = True

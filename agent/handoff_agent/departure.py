@@ -57,6 +57,7 @@ class Departures:
                 )
         if found:
             raise PreconditionError("; ".join(found))
+        guest.device_types.extend(await self._survey.device_types(guest.domain))
         if local:
             guest.cpr_obstacles.extend(await self._survey.cpr_obstacles(guest.domain))
         return guest

@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Final
 
@@ -23,8 +24,9 @@ from handoff_agent.domains import end_domain, is_active
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Handoff, Notify, Save
 from handoff_agent.ledger import Record
-from handoff_agent.local_sockets import CPR, UNIX, LocalSockets, cpr_socket, main_socket
+from handoff_agent.local_sockets import CPR, MULTIFD, UNIX, LocalSockets, cpr_socket, main_socket
 from handoff_agent.monitor import MigrationStatus, Monitor, QmpError
+from handoff_agent.outgoing import MULTIFD_CAPABILITY, MULTIFD_PARAMETERS
 from handoff_agent.rules import ABORTED, ACTIVE, FAILED, FINALIZED, PREPARED, Call
 from handoff_agent.slots import CALL_TIMEOUT_S, LibvirtFailure, Slot
 from handoff_common.errors import (
@@ -41,6 +43,8 @@ CREATE_TIMEOUT_S: Final = 30.0
 ACCEPT_TIMEOUT_S: Final = 2.0
 SOCKET_POLL_S: Final = 0.005
 ACTIVATE_TIMEOUT_S: Final = 5.0
+# One that hangs is given up before it is told to run, for then it is known that it never did.
+ANSWER_TIMEOUT_S: Final = 2.0
 ACTIVATE_RETRY_S: Final = 0.1
 LAST_LOOK_S: Final = 1.0
 LAST_LOOK_POLL_S: Final = 0.02
@@ -52,6 +56,14 @@ _LATE_ACTIVATION: Final = "late-block-activate"
 _ARRIVED_STATUSES: Final = ("paused", "prelaunch")
 _NOT_RUN_STATUSES: Final = ("inmigrate", "paused", "prelaunch")
 _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+
+
+class _LastLook(Enum):
+    """How QEMU is found right before it is told to run."""
+
+    ANSWERS = auto()
+    HANGS = auto()
+    ENDED = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +82,8 @@ class Folder:
     path: str
     passes_on: bool
     """Its memory is passed on, not copied."""
+    multifd: bool = False
+    """It is copied over several connections."""
 
 
 class DestinationHandoff(Handoff):
@@ -80,6 +94,7 @@ class DestinationHandoff(Handoff):
         self.companions: Sequence[DestinationCompanion] = ()
         self._slot = slot
         self._sockets = sockets
+        self._hangs = False
         self._knows_created = False
         self._knows_running = False
         self._starting: asyncio.Task[None] | None = None
@@ -106,11 +121,14 @@ class DestinationHandoff(Handoff):
                     await self._start(xml)
                     port = await self._listen(entrance)
                     uri = f"tcp:{_bracketed(entrance.address)}:{port}"
-                case Folder(path=path, passes_on=False):
+                case Folder(path=path, passes_on=False, multifd=multifd):
                     self._sockets.make(self.record.migration_id)
                     await self._start(xml)
+                    if multifd:
+                        await self._monitor.set_capabilities(MULTIFD_CAPABILITY)
+                        await self._monitor.execute("migrate-set-parameters", MULTIFD_PARAMETERS)
                     await self._listen_locally(path)
-                    uri = f"{UNIX}{main_socket(path)}"
+                    uri = f"{MULTIFD if multifd else UNIX}{main_socket(path)}"
                 case Folder(path=path):
                     self._sockets.make(self.record.migration_id)
                     self._starting = asyncio.create_task(self._start(xml), name=f"start-{self.record.migration_id}")
@@ -172,9 +190,11 @@ class DestinationHandoff(Handoff):
             return
         # From here on only QEMU's own word, or the domain's end, can tell that it never ran. A last look, in the time
         # that the record takes: libvirt does not notice at once that a QEMU was killed.
-        _, has_ended = await asyncio.gather(self.change(activating=True), self._has_ended())
-        if first and has_ended:
-            await self.change(state=FAILED, message="its QEMU had ended before it was told to run", never_ran=True)
+        seen, _ = await asyncio.gather(self._last_look(), self.change(activating=True))
+        if first and seen is not _LastLook.ANSWERS:
+            self._hangs = seen is _LastLook.HANGS
+            what = "does not answer, and was not told to run" if self._hangs else "had ended before it was told to run"
+            await self.change(state=FAILED, message=f"its QEMU {what}", never_ran=True)
             return
         with self._slot.events(self.record.domain_uuid) as events:
             ran_s = await self._run(events, deadline, first=first)
@@ -183,20 +203,23 @@ class DestinationHandoff(Handoff):
         self._stop_watching()
         await self.change(state=ACTIVE, running_s=ran_s, call_to_running_ms=max(0.0, 1000 * (ran_s - arrived_s)))
 
-    async def _has_ended(self) -> bool:
-        """Whether QEMU is certainly gone; False when that is not known."""
+    async def _last_look(self) -> _LastLook:
+        """How QEMU is before it is told to run. Raises as Slot.call does when it is libvirtd that does not answer."""
         try:
-            await self._monitor.query_status(timeout_s=LAST_LOOK_S, urgent=True)
-        except (DeadlineError, UnavailableError):
-            return False
+            await self._monitor.query_status(timeout_s=ANSWER_TIMEOUT_S, urgent=True)
+        except UnavailableError:
+            raise
+        except DeadlineError:
+            await self._slot.call(lambda connection: connection.getLibVersion(), ANSWER_TIMEOUT_S, urgent=True)
+            return _LastLook.HANGS
         except HandoffError:
             deadline = time.monotonic() + LAST_LOOK_S
             while time.monotonic() < deadline:
                 with contextlib.suppress(DeadlineError, UnavailableError):
                     if not await is_active(self._slot, self.record.domain_uuid):
-                        return True
+                        return _LastLook.ENDED
                 await asyncio.sleep(LAST_LOOK_POLL_S)
-        return False
+        return _LastLook.ANSWERS
 
     async def _may_run(self, *, first: bool) -> bool:
         """The companions have done what comes before the guest runs; FAILED if not. `first`: as of `_run`."""
@@ -422,7 +445,7 @@ class DestinationHandoff(Handoff):
 
     async def _destroy(self) -> None:
         was_starting = await self._stop_starting()
-        await end_domain(self._slot, self.record.domain_uuid, listens=not was_starting)
+        await end_domain(self._slot, self.record.domain_uuid, listens=not was_starting and not self._hangs)
         self._slot.forget(self.record.domain_uuid)
         self._sockets.remove(self.record.migration_id)
         await each((companion.undo() for companion in self.companions), self.log)

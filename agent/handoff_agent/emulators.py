@@ -5,17 +5,18 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import libvirt
 import structlog
 from lxml import etree
 
 from handoff_agent.builds import Build, choose_build
+from handoff_agent.monitor import Json
 from handoff_agent.settings import EmulatorSettings
 from handoff_common.errors import HandoffError, UnavailableError
 
@@ -36,9 +37,10 @@ _ASKED: Final = ("-machine", "none", "-display", "none", "-nodefaults", "-no-use
 _QUESTIONS: Final = b"""{"execute": "qmp_capabilities"}
 {"execute": "query-qmp-schema"}
 {"execute": "qom-list-properties", "arguments": {"typename": "none-machine"}}
+{"execute": "qom-list-types", "arguments": {"implements": "device", "abstract": false}, "id": "devices"}
 """
 # The greeting, and an answer to each question; the schema is one line of 200 KiB.
-_ANSWERS: Final = 4
+_ANSWERS: Final = 5
 _LONGEST_ANSWER: Final = 4 << 20
 _RELEASE: Final = re.compile(r"QEMU emulator version (\d+\.\d+\.\d+)")
 
@@ -88,13 +90,15 @@ class Emulators:
             self._probed.pop(configured.path, None)
             log.warning("QEMU build left out", name=configured.name, path=configured.path, reason=str(error))
             return
+        answers = await _answers(configured.path)
         build = Build(
             path=configured.path,
             name=configured.name,
             release=release,
             machine_types=machine_types,
             cpu_models=await self._cpu_models(configured.path),
-            cpr=await _knows_cpr(configured.path),
+            cpr=parse_cpr(answers),
+            device_types=parse_device_types(answers),
         )
         self._probed[configured.path] = (stamp, build)
         log.info("QEMU build found", name=build.name, path=build.path, release=build.release, cpr=build.cpr)
@@ -130,6 +134,20 @@ def parse_machine_types(text: str) -> frozenset[str]:
 def parse_cpr(answers: str) -> bool:
     """Whether QMP's answers to a schema and a property query have what CPR needs. False for what is no QMP."""
     has_mode = has_option = False
+    for _, item in _items(answers):
+        # The schema hides the names of types, not those of an enum's values.
+        has_mode = has_mode or _CPR_MODE in cast(Sequence[Json], item.get("values", ()))
+        has_option = has_option or item.get("name") == _CPR_OPTION
+    return has_mode and has_option
+
+
+def parse_device_types(answers: str) -> frozenset[str]:
+    """The names in QMP's answer to the question for all types of devices. Empty for what is no QMP."""
+    return frozenset(str(item["name"]) for question, item in _items(answers) if question == "devices")
+
+
+def _items(answers: str) -> Iterator[tuple[str, Mapping[str, Json]]]:
+    """Each item of each answer that is a list, with the name of its question."""
     for line in answers.splitlines():
         try:
             answer = json.loads(line)
@@ -137,10 +155,7 @@ def parse_cpr(answers: str) -> bool:
             continue
         items = answer.get("return") if isinstance(answer, dict) else None
         for item in items if isinstance(items, list) else ():
-            # The schema hides the names of types, not those of an enum's values.
-            has_mode = has_mode or _CPR_MODE in item.get("values", ())
-            has_option = has_option or item.get("name") == _CPR_OPTION
-    return has_mode and has_option
+            yield answer.get("id", ""), item
 
 
 def parse_usable_models(xml: str) -> frozenset[str]:
@@ -159,7 +174,8 @@ def _stamp(path: str) -> _FileStamp:
     return _FileStamp(status.st_mtime_ns, status.st_size)
 
 
-async def _knows_cpr(path: str) -> bool:
+async def _answers(path: str) -> str:
+    """What QEMU answers to our questions; empty when it answers none."""
     try:
         async with _started(path, *_ASKED, stdin=asyncio.subprocess.PIPE) as process:
             assert process.stdin is not None
@@ -168,9 +184,9 @@ async def _knows_cpr(path: str) -> bool:
             # QEMU is not told to quit: it would do so before all that it has to say is written.
             answers = [await process.stdout.readline() for _ in range(_ANSWERS)]
     except (OSError, ValueError, UnavailableError) as error:
-        log.info("QEMU build not asked for CPR", path=path, reason=str(error))
-        return False
-    return parse_cpr(b"".join(answers).decode(errors="replace"))
+        log.info("QEMU build not asked for its abilities", path=path, reason=str(error))
+        return ""
+    return b"".join(answers).decode(errors="replace")
 
 
 async def _output(*command: str) -> str:

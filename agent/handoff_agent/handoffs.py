@@ -224,7 +224,7 @@ class Handoffs:
             )
             handoff = self._make_destination(record, self._hypervisor.slot(slot_name))
             entrance = (
-                Folder(folder, passes_on=method == pb.TRANSFER_METHOD_CPR)
+                Folder(folder, passes_on=method == pb.TRANSFER_METHOD_CPR, multifd=arrival.multifd)
                 if method in LOCAL_METHODS
                 else self._listener
             )

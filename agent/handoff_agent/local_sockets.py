@@ -11,6 +11,8 @@ from pathlib import Path
 from handoff_common.errors import PreconditionError
 
 UNIX = "unix:"
+MULTIFD = "multifd:"
+"""As "unix:", over several connections that QEMU makes itself."""
 CPR = "cpr:"
 
 

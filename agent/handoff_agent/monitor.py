@@ -1,10 +1,11 @@
 """QMP to the QEMU of one domain, through libvirt's monitor pass-through."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, TypeAlias, cast
+from typing import ClassVar, Final, TypeAlias, cast
 
 import grpc
 import libvirt
@@ -14,6 +15,11 @@ from handoff_agent.slots import CALL_TIMEOUT_S, Slot
 from handoff_common.errors import HandoffError
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+
+
+# Those of `-device`, with and without an id; what the machine has by itself is the machine type's.
+_DEVICE_FOLDERS: Final = ("/machine/peripheral", "/machine/peripheral-anon")
+_CHILD: Final = re.compile(r"child<(.+)>")
 
 
 class QmpError(HandoffError):
@@ -162,6 +168,14 @@ class Monitor:
         release = reply["qemu"]
         numbers = cast(Mapping[str, int], release)
         return numbers["major"], numbers["minor"], numbers["micro"]
+
+    async def query_device_types(self) -> frozenset[str]:
+        """Reads the types of the devices that the guest was given, such as "virtio-net-pci"."""
+        found: set[str] = set()
+        for folder in _DEVICE_FOLDERS:
+            entries = cast(Sequence[Mapping[str, str]], await self.execute("qom-list", {"path": folder}))
+            found |= {match[1] for entry in entries if (match := _CHILD.fullmatch(entry["type"])) is not None}
+        return frozenset(found)
 
     async def query_capabilities(self) -> dict[str, bool]:
         """Reads the migration capabilities that this QEMU knows, and which are on."""

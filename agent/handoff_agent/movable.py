@@ -47,6 +47,8 @@ class HostFacts:
     """Those of the guest's shared images that can't be found here."""
     emulator: str = ""
     """Name of the build that the guest shall get; empty: one of the release that it runs under."""
+    device_types: frozenset[str] = frozenset()
+    """Of the guest's own devices; empty when not known."""
 
 
 class ObstacleKind(Enum):
@@ -322,6 +324,12 @@ def _fit_obstacles(guest: types.Domain, host: HostFacts, build: Build) -> Iterat
         yield (
             f"{build.path} on host {host.name} has no machine type {guest.machine_type}, which guest {guest.name} uses;"
             " install a build that has it"
+        )
+    lacking = host.device_types - build.device_types if build.device_types else frozenset()
+    if lacking:
+        yield (
+            f"{build.path} on host {host.name} has no {', '.join(sorted(lacking))}, which guest {guest.name} uses;"
+            " detach that, or install a build that has it"
         )
     is_named_model = guest.cpu_model not in ("", "host-passthrough", "host-model", "maximum")
     if is_named_model and build.cpu_models and guest.cpu_model not in build.cpu_models:

@@ -15,6 +15,7 @@ waits for the new one to close that connection, which it does when it is told to
 does QEMU pause the guest, by itself, and send the state of its devices.
 """
 
+from collections.abc import Mapping
 from typing import Final
 
 from handoff_agent.local_sockets import cpr_socket, main_socket
@@ -26,6 +27,10 @@ HOLDING_BYTES_PER_S: Final = 10
 COPYING_DOWNTIME_MS: Final = 1
 # Together with COPYING_DOWNTIME_MS a threshold of one byte (QEMU 8.2 and later).
 COPYING_SWITCHOVER_BYTES_PER_S: Final = 1000
+
+# Between two QEMUs of one host; the destination must have the same.
+MULTIFD_CAPABILITY: Final = {"multifd": True}
+MULTIFD_PARAMETERS: Final[dict[str, Json]] = {"multifd-channels": 2}
 
 _FD_NAME: Final = "handoff"
 _CAPABILITIES: Final = {
@@ -66,15 +71,24 @@ class OutgoingMigration:
 
     async def begin(self, fd: int) -> None:
         """Starts to send over the connected socket `fd`, of which QEMU gets a copy."""
+        await self._prepare({})
+        await self._monitor.execute_with_fd("getfd", {"fdname": _FD_NAME}, fd)
+        await self._monitor.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
+
+    async def begin_multifd(self, path: str) -> None:
+        """Starts to send to the Unix socket at `path`, over connections that QEMU makes."""
+        await self._prepare(MULTIFD_CAPABILITY)
+        await self._monitor.execute("migrate-set-parameters", MULTIFD_PARAMETERS)
+        await self._monitor.execute("migrate", {"uri": f"unix:{path}"})
+
+    async def _prepare(self, more: Mapping[str, bool]) -> None:
         gate = {_GATE: True} if _GATE in await self._monitor.query_capabilities() else {}
-        await self._monitor.set_capabilities(_CAPABILITIES | gate)
+        await self._monitor.set_capabilities({**_CAPABILITIES, **gate, **more})
         self._gated = bool(gate)
         await self._set(
             {"max-bandwidth": self._bandwidth, "downtime-limit": COPYING_DOWNTIME_MS} | _THROTTLE,
             switchover_bytes_per_s=COPYING_SWITCHOVER_BYTES_PER_S,
         )
-        await self._monitor.execute_with_fd("getfd", {"fdname": _FD_NAME}, fd)
-        await self._monitor.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
 
     async def pass_on(self, folder: str) -> None:
         """Sends the descriptors of the memory to the QEMU that waits in `folder`; the guest runs on."""
@@ -134,7 +148,7 @@ class OutgoingMigration:
         """Gives QEMU its defaults back, for whoever migrates this guest next."""
         # libvirt switches "events" on for its own use.
         on = await self._monitor.query_capabilities()
-        ours = {*_CAPABILITIES, _GATE} - {"events"}
+        ours = {*_CAPABILITIES, _GATE, *MULTIFD_CAPABILITY} - {"events"}
         await self._monitor.set_capabilities({name: False for name in ours if on.get(name)})
         await self._set(_PARAMETERS_AFTERWARDS, switchover_bytes_per_s=0)
         await set_mode(self._monitor, "normal")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Final
 
 from handoff_agent.breaker import CANCEL_TIMEOUT_S, RETRY_S, Breaker
+from handoff_agent.channels import LocalChannels
 from handoff_agent.companions import SourceCompanion, each, together
 from handoff_agent.convergence import ConvergenceSettings
 from handoff_agent.copying import Copying
@@ -27,6 +28,7 @@ from handoff_agent.domains import end_domain, is_active, is_running, run_again, 
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Changes, Handoff, Notify, Save
 from handoff_agent.ledger import Record
+from handoff_agent.local_sockets import MULTIFD
 from handoff_agent.meter import final_progress
 from handoff_agent.monitor import MigrationStatus, Monitor
 from handoff_agent.outgoing import OutgoingMigration
@@ -262,6 +264,8 @@ class SourceHandoff(Handoff):
             await self._transfer(asyncio.Event())
             return
         self._begun = True
+        if self.record.transfer_uri.startswith(MULTIFD):
+            self._breaker.stream = LocalChannels(self.record.transfer_uri.removeprefix(MULTIFD))
         with self._slot.events(self.record.domain_uuid) as events:
             if self.state == SWITCHING:
                 await self._find_pause()

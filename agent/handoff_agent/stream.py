@@ -7,7 +7,7 @@ ends that write at once.
 import asyncio
 import contextlib
 import socket
-from typing import Final
+from typing import Final, Protocol
 
 from handoff_agent.local_sockets import UNIX
 from handoff_common.errors import InvalidArgumentError, UnavailableError
@@ -24,6 +24,16 @@ def parse_uri(uri: str) -> tuple[str, int]:
     if scheme != "tcp" or not host or not port.isdecimal():
         raise InvalidArgumentError(f"{uri!r} is not tcp:HOST:PORT")
     return host.strip("[]"), int(port)
+
+
+class Connection(Protocol):
+    """What carries a guest's memory, as far as it must be broken."""
+
+    def cut(self) -> None:
+        """Ends it at once for all who hold it; does nothing when it has ended."""
+
+    def close(self) -> None:
+        """Gives up what is ours of it; it lives on as long as QEMU has its own."""
 
 
 class Stream:

@@ -63,6 +63,10 @@ class Survey:
         migration = await Monitor(slot, guest.uuid).query_migrate()
         return replace(facts, blocked_reasons=migration.blocked_reasons)
 
+    async def device_types(self, guest: types.Domain) -> Sequence[str]:
+        """The types of a guest's devices, sorted, by its QEMU's word. Raises as Monitor.execute does."""
+        return sorted(await Monitor(self._hypervisor.slot(guest.slot), guest.uuid).query_device_types())
+
     async def cpr_obstacles(self, guest: types.Domain) -> tuple[str, ...]:
         """Why the guest's QEMU can't pass its memory on, by its own word. Raises as Monitor.execute does."""
         monitor = Monitor(self._hypervisor.slot(guest.slot), guest.uuid)

@@ -5,7 +5,7 @@ from typing import Final, Protocol
 from handoff.agent.v1 import qemu_pb2 as pb
 from handoff_agent.ledger import Record
 from handoff_agent.monitor import MigrationInfo
-from handoff_agent.stream import Stream
+from handoff_agent.stream import Connection
 
 READY_POLL_S: Final = 0.5
 ORDERED_POLL_S: Final = 0.005
@@ -45,8 +45,8 @@ class Switch(Protocol):
 class Transfer(Protocol):
     """One way to bring the guest's state to the other QEMU. All methods raise as Monitor.execute does."""
 
-    async def begin(self, uri: str) -> Stream | None:
-        """QEMU sends on return, over this stream if it is ours. Raises as Stream.connect does as well."""
+    async def begin(self, uri: str) -> Connection | None:
+        """QEMU sends on return, over this connection if it can be cut. Raises as Stream.connect does as well."""
 
     async def look(self, info: MigrationInfo) -> float:
         """Judges a reading taken while the guest runs; returns when to take the next, in seconds."""

@@ -5,12 +5,9 @@ A write is safe to repeat: a migration is created under an id of our own choice,
 
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
-
-import grpc.aio
+from typing import Self
 
 from handoff.controller.v1.guests_pb2 import ListGuestsRequest, ListGuestsResponse
 from handoff.controller.v1.guests_pb2_grpc import GuestsServiceStub
@@ -27,17 +24,13 @@ from handoff.controller.v1.migrations_pb2 import (
     MigrationKind,
     RecoverMigrationRequest,
     WatchMigrationRequest,
-    WatchMigrationResponse,
 )
 from handoff.controller.v1.migrations_pb2_grpc import MigrationsServiceStub
 from handoff_cli.failover import Failover
+from handoff_cli.newest import newest
 from handoff_cli.rollout_client import RolloutClient
 from handoff_cli.states import is_final
 from handoff_common.errors import HandoffError, InvalidArgumentError, PreconditionError
-
-if TYPE_CHECKING:
-    WatchCall = grpc.aio.UnaryStreamCall[WatchMigrationRequest, WatchMigrationResponse]
-
 
 # A decision may have to wait for the fence command.
 RECOVER_S = 60.0
@@ -159,20 +152,12 @@ class Controllers:
         )
         return response.migration
 
-    async def watch(self, beginning: str) -> AsyncGenerator[Migration, None]:
+    def watch(self, beginning: str) -> AsyncGenerator[Migration, None]:
         """The migration as it is now, then as it changes, the final state last; never an older one than before."""
-        latest: Migration | None = None
-
-        def opened(channel: grpc.aio.Channel) -> "WatchCall":
-            request = WatchMigrationRequest(id=latest.id if latest else beginning)
-            return MigrationsServiceStub(channel).WatchMigration(request)
-
-        async with aclosing(self._failover.stream(opened)) as responses:
-            async for response in responses:
-                migration = response.migration
-                if latest is not None and (migration == latest or migration.revision < latest.revision):
-                    continue
-                latest = migration
-                yield migration
-                if is_final(migration):
-                    return
+        return newest(
+            self._failover,
+            beginning,
+            lambda channel, known: MigrationsServiceStub(channel).WatchMigration(WatchMigrationRequest(id=known)),
+            lambda response: response.migration,
+            is_final,
+        )

@@ -1,9 +1,6 @@
 """The API's rollouts as the command sees them; as client.py."""
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
-
-import grpc.aio
 
 from handoff.controller.v1.rollouts_pb2 import (
     CancelRolloutRequest,
@@ -13,10 +10,10 @@ from handoff.controller.v1.rollouts_pb2 import (
     ListRolloutsResponse,
     Rollout,
     WatchRolloutRequest,
-    WatchRolloutResponse,
 )
 from handoff.controller.v1.rollouts_pb2_grpc import RolloutsServiceStub
 from handoff_cli.failover import Failover
+from handoff_cli.newest import newest
 from handoff_cli.states import is_ended
 from handoff_common.errors import HandoffError, PreconditionError
 
@@ -78,22 +75,12 @@ class RolloutClient:
         )
         return response.rollout
 
-    async def watch(self, beginning: str) -> AsyncGenerator[Rollout, None]:
+    def watch(self, beginning: str) -> AsyncGenerator[Rollout, None]:
         """The rollout as it is now, then as it changes, the final state last; never an older one than before."""
-        latest: Rollout | None = None
-
-        def opened(
-            channel: grpc.aio.Channel,
-        ) -> "grpc.aio.UnaryStreamCall[WatchRolloutRequest, WatchRolloutResponse]":
-            request = WatchRolloutRequest(id=latest.id if latest else beginning)
-            return RolloutsServiceStub(channel).WatchRollout(request)
-
-        async with aclosing(self._failover.stream(opened)) as responses:
-            async for response in responses:
-                rollout = response.rollout
-                if latest is not None and rollout.revision <= latest.revision:
-                    continue
-                latest = rollout
-                yield rollout
-                if is_ended(rollout):
-                    return
+        return newest(
+            self._failover,
+            beginning,
+            lambda channel, known: RolloutsServiceStub(channel).WatchRollout(WatchRolloutRequest(id=known)),
+            lambda response: response.rollout,
+            is_ended,
+        )

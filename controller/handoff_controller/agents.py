@@ -71,7 +71,9 @@ class Agent(Protocol):
     async def switch_over(self, fence: Fence, migration_id: str) -> Handoff:
         """SwitchOver."""
 
-    async def activate(self, fence: Fence, migration_id: str, *, keep_paused: bool = False) -> Handoff:
+    async def activate(
+        self, fence: Fence, migration_id: str, *, heard_clock_ms: int, keep_paused: bool = False
+    ) -> Handoff:
         """Activate."""
 
     async def release_source(self, fence: Fence, migration_id: str) -> Handoff:
@@ -181,9 +183,13 @@ class GrpcAgent:
         response = await self._answer(lambda: self._qemu.SwitchOver(request, timeout=ORDER_S))
         return response.handoff
 
-    async def activate(self, fence: Fence, migration_id: str, *, keep_paused: bool = False) -> Handoff:
+    async def activate(
+        self, fence: Fence, migration_id: str, *, heard_clock_ms: int, keep_paused: bool = False
+    ) -> Handoff:
         """Activate."""
-        request = ActivateRequest(fence=fence, migration_id=migration_id, keep_paused=keep_paused)
+        request = ActivateRequest(
+            fence=fence, migration_id=migration_id, heard_clock_ms=heard_clock_ms, keep_paused=keep_paused
+        )
         response = await self._answer(lambda: self._qemu.Activate(request, timeout=ORDER_S))
         return response.handoff
 

@@ -19,7 +19,7 @@ from handoff_controller.agents import Agent
 from handoff_controller.decisions import Decision, Decisions, check_decidable, is_taken
 from handoff_controller.fencing import Fencing
 from handoff_controller.forward import Forward
-from handoff_controller.journey import DESTINATION, FIRST_PAUSE_S, SOURCE, TRANSIENT, Journey, Records, StepFailed
+from handoff_controller.journey import FIRST_PAUSE_S, SOURCE, TRANSIENT, Journey, Records, StepFailed
 from handoff_controller.machine import CANCELLABLE, FINAL, PHASES, Event, State, Step, enter, next_state, state_of
 from handoff_controller.undo import Undo
 
@@ -264,12 +264,7 @@ class Driver:
 
     async def _confirm_destination(self) -> None:
         """Hears from the destination once more: after the commit only it can run the guest."""
-
-        async def seen() -> Handoff:
-            async with aclosing(self._destination.watch(self.migration.id, DESTINATION)) as states:
-                return await anext(states)
-
-        handoff = await self._insist(seen, PATIENCE_S[State.SWITCHING])
+        handoff = await self._insist(self._way.see_destination, PATIENCE_S[State.SWITCHING])
         if handoff.state != HandoffState.HANDOFF_STATE_PREPARED:
             reason = handoff.message or f"its copy is {HandoffState.Name(handoff.state)}"
             raise StepFailed(f"{self.migration.destination.host}: {reason}")

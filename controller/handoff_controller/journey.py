@@ -1,7 +1,9 @@
 """One migration on its way, as the steps of its driver share it: its record, its two agents, and patience with them."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from datetime import datetime
 from typing import Protocol, TypeVar
 
@@ -18,6 +20,9 @@ Answer = TypeVar("Answer")
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
+# An agent runs no guest on an order by a leader that heard from it longer ago (order_age.py).
+ORDER_LIFE_S = 10.0
+FRESH_S = 3.0
 
 TRANSIENT = (UnavailableError, DeadlineError)
 SOURCE = HandoffRole.HANDOFF_ROLE_SOURCE
@@ -52,6 +57,9 @@ class Journey:
         self.held_at: float | None = None
         """When the source was held, by the loop's clock; None when another leader saw it."""
         self.committed_at: float | None = None
+        self._heard_clock_ms = 0
+        self._heard_at = 0.0
+        self._is_fresh = False
         self.log = log.bind(migration=migration.id, guest=migration.guest_name, term=fence.term)
 
     @property
@@ -63,6 +71,33 @@ class Journey:
     def at_destination(self) -> str:
         """Name of the destination's host."""
         return self.migration.destination.host
+
+    async def see_destination(self) -> Handoff:
+        """The destination's side as its agent tells it. Raises what Agent.watch raises."""
+        async with aclosing(self.destination.watch(self.migration.id, DESTINATION)) as states:
+            handoff = await anext(states)
+        self._heard_clock_ms, self._heard_at = handoff.clock_ms, asyncio.get_running_loop().time()
+        self._is_fresh = True
+        return handoff
+
+    def since_heard_s(self) -> float:
+        """How long ago the destination's agent was last seen by `see_destination`; very long if it never was."""
+        return asyncio.get_running_loop().time() - self._heard_at if self._heard_at else math.inf
+
+    async def activate(self) -> Handoff:
+        """Tells the destination to run the guest, with a fresh word of its own: an older order is refused."""
+        if not self._is_fresh or self.since_heard_s() > FRESH_S:
+            await self.see_destination()
+        try:
+            return await self.destination.activate(
+                self.fence,
+                self.migration.id,
+                heard_clock_ms=self._heard_clock_ms,
+                keep_paused=self.migration.stays_paused,
+            )
+        except HandoffError:
+            self._is_fresh = False
+            raise
 
     async def note(self, change: Callable[[Migration], None]) -> None:
         """Changes the record, and saves it unless it was so before. Raises what Records.save raises."""

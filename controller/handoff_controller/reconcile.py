@@ -27,14 +27,22 @@ def reconcile(
     """Compares the domains that `host` reports with the records.
 
     `reported`: for each host that answers, the UUIDs that it reported last. A guest that somebody moved by hand goes to
-    the host that has it; one that two hosts have active keeps its owner and the other is noted as a conflict; one that
-    its owner no longer has is forgotten, unless it was lost there. A lost one that runs again is not lost any more.
+    the host that has it; one that two hosts have active, or two slots of one host, keeps its owner, and the other is
+    noted as a conflict ("h2", "h1/b"); one that its owner no longer has is forgotten, unless it was lost there. A lost
+    one that runs again is not lost any more.
     """
     known = {guest.uuid: guest for guest in guests}
     # In an upgrade, and while its old copy is not removed yet, both slots have it.
     here = {domain.uuid: domain for domain in sorted(domains, key=lambda one: _precedence(one, known.get(one.uuid)))}
+    active = [(domain.uuid, domain.slot) for domain in domains if domain.state in ACTIVE and not domain.migration_id]
     written = [
-        Guest(uuid=domain.uuid, name=domain.name, owner=Placement(host=host, slot=domain.slot), generation=1)
+        Guest(
+            uuid=domain.uuid,
+            name=domain.name,
+            owner=Placement(host=host, slot=domain.slot),
+            generation=1,
+            conflicts=_other_slots(host, domain, active),
+        )
         for domain in here.values()
         if domain.uuid not in known and not domain.migration_id
     ]
@@ -46,7 +54,7 @@ def reconcile(
         if guest.owner.host != host:
             changed = _seen_elsewhere(guest, host, domain, reported)
         elif domain is not None:
-            changed = _seen_at_owner(guest, host, domain)
+            changed = _seen_at_owner(guest, host, domain, _other_slots(host, domain, active))
         elif any(guest.uuid in uuids for name, uuids in reported.items() if name != host):
             continue
         elif guest.HasField("loss"):
@@ -65,7 +73,12 @@ def _precedence(domain: Domain, guest: Guest | None) -> tuple[bool, bool, bool]:
     return domain.state == DomainState.DOMAIN_STATE_RUNNING, domain.state in ACTIVE, is_in_its_slot
 
 
-def _seen_at_owner(guest: Guest, host: str, domain: Domain) -> Guest:
+def _other_slots(host: str, domain: Domain, active: Iterable[tuple[str, str]]) -> list[str]:
+    """Where else on this host the guest is active."""
+    return sorted(f"{host}/{slot}" for uuid, slot in active if uuid == domain.uuid and slot != domain.slot)
+
+
+def _seen_at_owner(guest: Guest, host: str, domain: Domain, other_slots: Sequence[str]) -> Guest:
     changed = Guest()
     changed.CopyFrom(guest)
     changed.name = domain.name
@@ -74,7 +87,8 @@ def _seen_at_owner(guest: Guest, host: str, domain: Domain) -> Guest:
         changed.ClearField("loss")
     elif guest.HasField("loss"):
         changed = _certainly_lost(changed, f"{guest.name} does not run on {host} any more")
-    changed.conflicts[:] = [other for other in guest.conflicts if other != host]
+    elsewhere = [other for other in guest.conflicts if other.partition("/")[0] != host]
+    changed.conflicts[:] = [*elsewhere, *other_slots]
     return changed
 
 

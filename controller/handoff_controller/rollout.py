@@ -44,10 +44,14 @@ FINAL = frozenset({Phase.DONE, Phase.FAILED, Phase.CANCELLED})
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What the records say. `upgrades`: those of the rollout that exist, by id; `guests`: by UUID, with `domain`."""
+    """What the records say. `upgrades`: those of the rollout that exist, by id; `guests`: by UUID, with `domain`.
+
+    `unrecorded`: UUIDs of guests that the host runs, by its agent's word, before the records know of them.
+    """
 
     upgrades: Mapping[str, Migration]
     guests: Mapping[str, Guest]
+    unrecorded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +109,14 @@ def _follow(guest: RolloutGuest, upgrade: Migration | None) -> None:
     if upgrade is None:
         return
     match state_of(upgrade):
+        case State.DONE if upgrade.HasField("loss"):
+            _turn(guest, Turn.FAILED, upgrade.loss.reason)
         case State.DONE:
             _turn(guest, Turn.UPGRADED, "; ".join(upgrade.warnings))
         case State.ABORTED:
             _turn(guest, Turn.FAILED, upgrade.error)
         case _:
-            guest.reason = upgrade.waiting_for
+            guest.reason = upgrade.needs_decision or upgrade.waiting_for
 
 
 def _stop_if_need_be(rollout: Rollout) -> None:
@@ -133,7 +139,9 @@ def _give_turns(rollout: Rollout, look: Look) -> None:
         if turn_of(guest) is not Turn.PENDING:
             continue
         record = look.guests.get(guest.uuid)
-        if (nothing_to_do := _nothing_to_do(rollout, record)) is not None:
+        if record is None and guest.uuid in look.unrecorded:
+            guest.reason = "waits until it is in the records"
+        elif (nothing_to_do := _nothing_to_do(rollout, record)) is not None:
             _turn(guest, Turn.SKIPPED, nothing_to_do)
         elif record is not None and record.active_migration:
             guest.reason = f"waits for migration {record.active_migration}, which has it now"

@@ -165,7 +165,12 @@ class Rollouts:
             if guest.uuid in domains:
                 guest.domain.CopyFrom(domains[guest.uuid])
             guests[guest.uuid] = guest
-        return Look({upgrade.id: upgrade for upgrade in upgrades if upgrade is not None}, guests)
+        unknown = {guest.uuid for guest in rollout.guests if turn_of(guest) is Turn.PENDING} - set(guests)
+        unrecorded: frozenset[str] = frozenset()
+        if unknown:
+            running = {domain.uuid for domain in await self._agents[rollout.host].list_domains()}
+            unrecorded = frozenset(unknown & running)
+        return Look({upgrade.id: upgrade for upgrade in upgrades if upgrade is not None}, guests, unrecorded)
 
     async def _saved(self, before: Rollout, after: Rollout) -> Rollout:
         if after == before:

@@ -28,6 +28,18 @@ async def upgrade(subject: Subject, release: str, options: MigrationOptions | No
     return (await subject.moves.api().CreateUpgrade(request, timeout=CALL_S)).migration
 
 
+async def upgrade_once_reached(subject: Subject, release: str) -> Migration:
+    """Asks until the controller has found an agent again that was restarted."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                return await upgrade(subject, release)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+            await asyncio.sleep(0.2)
+
+
 async def must_be_in(subject: Subject, slot: str, release: str) -> None:
     """It runs in that slot under that build; the other slot knows nothing of it, and nothing is left."""
     home = await subject.host()
@@ -100,13 +112,62 @@ async def test_a_new_qemu_that_is_killed(subject: Subject, moves: Moves) -> None
     """The guest runs on under the old one."""
     migration = await upgrade(subject, "10.0-rebuilt")
     await moves.reaches(migration.id, State.COPYING)
-    host = subject.fleet.host("h1")
-    pid = host.node.find(int((host.directory / f"run/handoff/slots/b/qemu/{subject.name}.pid").read_text()))
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
+    os.kill(new_qemu(subject), signal.SIGKILL)
     migration = await moves.ends(migration.id)
     assert state_of(migration) is State.ABORTED, story(migration)
     await must_be_in(subject, "a", "10.0")
+
+
+async def test_a_new_qemu_that_crashes_at_start(subject: Subject, moves: Moves) -> None:
+    """It is found out before the guest is touched, and the upgrade ends with what libvirt said."""
+    host = subject.fleet.host("h1")
+    first = subject.fleet.lab.release()
+    crashes = host.directory / "crashes"
+    crashes.write_text(f'#!/bin/sh\ncase "$*" in *-incoming*) exit 1;; esac\nexec {first.emulator} "$@"\n')
+    crashes.chmod(0o755)
+    settings = host.directory / "etc/handoff/agent.toml"
+    before = settings.read_text()
+    settings.write_text(f'{before}\n[[emulators]]\nname = "crashes"\npath = "{crashes}"\n')
+    try:
+        await asyncio.to_thread(subject.fleet.restart, "h1", "agent")
+        migration = await moves.ends((await upgrade_once_reached(subject, "crashes")).id)
+        assert state_of(migration) is State.ABORTED, story(migration)
+        assert "can't be started here" in migration.error
+        assert migration.outcome.downtime_ms == 0
+        await must_be_in(subject, "a", "10.0")
+    finally:
+        settings.write_text(before)
+        await asyncio.to_thread(subject.fleet.restart, "h1", "agent")
+
+
+async def test_a_new_qemu_that_does_not_resume(subject: Subject, moves: Moves) -> None:
+    """Frozen when the guest is committed to it, it is not told to run: it is killed, and the old one goes on."""
+    etcd = subject.fleet.daemon("etcd1", "etcd")
+    async with TcpSession(subject.fleet.node(OBSERVER), subject.record.ip) as session:
+        migration = await upgrade(subject, "10.0-rebuilt")
+        await moves.reaches(migration.id, State.SWITCHING)
+        etcd.signal(signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(5):
+                while f"{migration.id} HANDOFF_STATE_HELD" not in await unsettled(subject.fleet, "h1"):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            os.kill(new_qemu(subject), signal.SIGSTOP)
+        finally:
+            etcd.signal(signal.SIGCONT)
+        migration = await moves.ends(migration.id)
+        assert state_of(migration) is State.ABORTED, story(migration)
+        assert State.COMMITTED in [State(change.state) for change in migration.timeline]
+        assert "does not answer, and was not told to run" in migration.error
+        await must_be_in(subject, "a", "10.0")
+    assert session.result().survived, session.result()
+
+
+def new_qemu(subject: Subject) -> int:
+    """Process id of the guest's QEMU in slot b of h1."""
+    host = subject.fleet.host("h1")
+    pid = host.node.find(int((host.directory / f"run/handoff/slots/b/qemu/{subject.name}.pid").read_text()))
+    assert pid is not None
+    return pid
 
 
 LOCAL_DISK = ("size=64M,format=qcow2,place=local",)

@@ -1,5 +1,6 @@
 """Seeded bugs that the model has to find: if it does not, it is the model that is wrong."""
 
+import asyncio
 import contextlib
 
 from fake_hosts import Bugs
@@ -43,7 +44,7 @@ class ActivatesBeforeTheCommit(Driver):
     async def _advance(self, work: Work) -> None:
         if state_of(self.migration) is State.SWITCHING and work.event is Event.COMPLETED:
             destination: Agent = self._destination
-            await destination.activate(self._fence, self.migration.id)
+            await destination.activate(self._fence, self.migration.id, heard_clock_ms=_now_ms())
         await super()._advance(work)
 
 
@@ -54,7 +55,7 @@ class ReleasesWithoutProof(Driver):
         if state is not State.COMMITTED:
             return await super()._steps(state)
         with contextlib.suppress(HandoffError):
-            await self._destination.activate(self._fence, self.migration.id)
+            await self._destination.activate(self._fence, self.migration.id, heard_clock_ms=_now_ms())
         return Work(Event.COMPLETED)
 
 
@@ -77,9 +78,20 @@ MUTANTS: dict[str, tuple[Mutant, tuple[Trouble, ...]]] = {
     ),
     "an abort before it is recorded": (Mutant(driver=AbortsBeforeItIsRecorded), ()),
     "a destination that runs before the commit": (Mutant(driver=ActivatesBeforeTheCommit), ()),
+    "a destination that obeys an order out of the buffers of a cut link": (
+        Mutant(agents=Bugs(obeys_late_orders=True)),
+        (
+            Trouble(AT_THE_COMMIT + 1, Kind.LATE, 0.0, 12.0),
+            Trouble(AT_THE_COMMIT + 2, Kind.DESTINATION_CUT, 0.0, 40.0),
+        ),
+    ),
     "a fence command that does not fence": (
         Mutant(fences=False),
         (Trouble(AT_THE_COMMIT + 1, Kind.DESTINATION_CUT, 0.003, 40.0),),
     ),
     "a source released without proof": (Mutant(driver=ReleasesWithoutProof), ()),
 }
+
+
+def _now_ms() -> int:
+    return int(1000 * asyncio.get_running_loop().time())

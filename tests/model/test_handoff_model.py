@@ -28,7 +28,7 @@ PLANS = st.builds(
     st.sampled_from((0.2, 1.0, 10.0)),
     st.sampled_from((1800, 9, 1)),
     st.sampled_from((1, 2)),
-    st.builds(Operator, st.sampled_from((5.0, 0.1, 60.0)), st.booleans(), st.booleans()),
+    st.builds(Operator, st.sampled_from((5.0, 0.1, 60.0)), st.booleans(), st.booleans(), st.booleans()),
 )
 
 
@@ -51,7 +51,7 @@ def test_without_trouble_the_guest_moves_there_and_back() -> None:
     assert (back.violations, back.state, back.messages) == ((), State.DONE, 2 * there.messages)
 
 
-OPERATORS = (Operator(), Operator(to_source=False), Operator(by_hand=True))
+OPERATORS = (Operator(), Operator(to_source=False), Operator(by_hand=True), Operator(by_hand=True, only_cuts=True))
 
 
 @pytest.mark.parametrize("kind", Kind)

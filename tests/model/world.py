@@ -40,7 +40,7 @@ from handoff_common.errors import (
     UnavailableError,
 )
 from handoff_controller import conductor as conductor_module
-from handoff_controller import decisions, driver, fleet, forward, planner
+from handoff_controller import decisions, driver, fleet, forward, planner, standstill
 from handoff_controller.agents import Agents
 from handoff_controller.conductor import Conductor
 from handoff_controller.driver import Driver
@@ -109,6 +109,8 @@ class Operator:
     to_source: bool = True
     by_hand: bool = False
     """Turns the silent host off himself and says so, instead of having the controllers fence it."""
+    only_cuts: bool = False
+    """As `by_hand`, but where the copy does not run the host is only cut off for a while."""
 
 
 @dataclass(frozen=True)
@@ -301,8 +303,10 @@ class FakeAgent:
     async def switch_over(self, fence: Fence, migration_id: str) -> pb.Handoff:
         return await self._network.order(self.name, lambda: self._host.switch_over(fence, migration_id))
 
-    async def activate(self, fence: Fence, migration_id: str, *, keep_paused: bool = False) -> pb.Handoff:
-        return await self._network.order(self.name, lambda: self._host.activate(fence, migration_id))
+    async def activate(
+        self, fence: Fence, migration_id: str, *, heard_clock_ms: int, keep_paused: bool = False
+    ) -> pb.Handoff:
+        return await self._network.order(self.name, lambda: self._host.activate(fence, migration_id, heard_clock_ms))
 
     async def release_source(self, fence: Fence, migration_id: str) -> pb.Handoff:
         return await self._network.order(self.name, lambda: self._host.release_source(fence, migration_id))
@@ -449,8 +453,12 @@ class World:
             if migration is None or not migration.needs_decision:
                 continue
             await asyncio.sleep(operator.after_s)
-            if operator.by_hand and state_of(migration) is State.COMMITTED and self.network.is_cut(self.destination):
-                self.turn_off(self.destination)
+            fences = operator.by_hand and operator.to_source and state_of(migration) is State.COMMITTED
+            if fences and self.network.is_cut(self.destination):
+                if operator.only_cuts and self.guest.copies[self.destination] is not Copy.RUNNING:
+                    self.network.cut(self.destination, OFF_S)
+                else:
+                    self.turn_off(self.destination)
             target = RecoveryTarget.RECOVERY_TARGET_DESTINATION
             if operator.to_source or state_of(migration) is not State.COMMITTED:
                 target = RecoveryTarget.RECOVERY_TARGET_SOURCE
@@ -620,6 +628,7 @@ def play(plan: Plan, mutant: Mutant | None = None) -> Verdict:
         patch.object(fleet, "datetime", VirtualDatetime),
         patch.object(decisions, "datetime", VirtualDatetime),
         patch.object(forward, "datetime", VirtualDatetime),
+        patch.object(standstill, "datetime", VirtualDatetime),
         patch.object(conductor_module, "Driver", mutant.driver),
         patch.object(conductor_module, "FenceCommand", lambda _: FakeFencing(worlds[-1])),
     ):

@@ -136,6 +136,17 @@ class Upgrade:
             held = await self.until(HELD)
             assert held.state == HELD, held.message
 
+    def new_qemu(self) -> int:
+        """Process id of the guest's QEMU in slot b, when it came to slot a by being started there."""
+        (pid,) = (
+            int(folder.name)
+            for folder in Path("/proc").glob("[0-9]*")
+            if folder.joinpath("comm").read_text().startswith("qemu-system")
+            and self.guest.encode() in (line := folder.joinpath("cmdline").read_bytes())
+            and b"-incoming" in line
+        )
+        return pid
+
     async def abort(self) -> None:
         for role in (DESTINATION, SOURCE):
             assert (await self.handoffs.abort(self.id, role, "the test says so")).state == ABORTED

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from handoff_agent import emulators
-from handoff_agent.emulators import Emulators, parse_cpr, parse_machine_types, parse_release, parse_usable_models
+from handoff_agent.emulators import (
+    Emulators,
+    parse_cpr,
+    parse_device_types,
+    parse_machine_types,
+    parse_release,
+    parse_usable_models,
+)
 from handoff_agent.settings import EmulatorSettings
 from handoff_common.errors import UnavailableError
 from handoff_lab.state import Lab
@@ -48,6 +55,7 @@ async def test_the_machines_own() -> None:
     assert {"pc", "q35", "none"} <= build.machine_types
     assert found.releases == {path: build.release}
     assert found.choose(release=build.release, path="/elsewhere") == build
+    assert {"virtio-net-pci", "virtio-blk-pci"} <= build.device_types
 
 
 async def test_what_fails_is_left_out_and_the_rest_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +122,8 @@ def test_parsers() -> None:
     assert parse_cpr(f"{schema}\n{option}\n")
     for less in ("", schema, option, "hello", "[]", '{"error": {}}', schema.replace("cpr", "x")):
         assert not parse_cpr(less)
+        assert parse_device_types(less) == frozenset()
+    assert parse_device_types('{"return": [{"name": "nvme", "parent": "pci-device"}], "id": "devices"}') == {"nvme"}
     with pytest.raises(UnavailableError):
         parse_release("KVM 1.0")
 

@@ -205,6 +205,14 @@ COMING: dict[str, tuple[HostFacts, str]] = {
         replace(HOST, builds=(replace(BUILD, release="10.0.2"),)),
         "host h2 lacks QEMU 7.2.22, which runs guest billing-db-1 (there: 10.0.2)",
     ),
+    "devices": (
+        replace(
+            HOST,
+            builds=(replace(BUILD, device_types=frozenset({"virtio-net-pci"})),),
+            device_types=frozenset({"virtio-net-pci", "nvme", "ivshmem-plain"}),
+        ),
+        f"{EMULATOR} on host h2 has no ivshmem-plain, nvme, which guest billing-db-1 uses;",
+    ),
     "machine": (
         replace(HOST, builds=(replace(BUILD, machine_types=frozenset({"pc"})),)),
         f"{EMULATOR} on host h2 has no machine type pc-q35-7.2",

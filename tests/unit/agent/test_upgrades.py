@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -72,8 +74,11 @@ async def test_an_abort_leaves_the_guest_as_it_was(
     assert await upgrade.status("b") == "running"
 
 
-async def test_the_guest_runs_until_the_switch_is_ordered(upgrade: Upgrade) -> None:
-    await upgrade.advance(CPR, READY)
+@METHODS
+async def test_the_guest_runs_until_the_switch_is_ordered(
+    upgrade: Upgrade, method: pb.TransferMethod.ValueType
+) -> None:
+    await upgrade.advance(method, READY)
     with upgrade.slots["a"].events(upgrade.guest) as events:
         assert await events.next_within(2.0) is None
     assert await upgrade.status("a") == "running"
@@ -108,6 +113,42 @@ async def test_a_new_qemu_that_dies_leaves_the_guest_running(
 
 
 @METHODS
+async def test_a_new_qemu_that_freezes_in_the_pause_is_left(
+    upgrade: Upgrade, method: pb.TransferMethod.ValueType
+) -> None:
+    await upgrade.advance(method, READY)
+    source = upgrade.handoffs.source(upgrade.id, Call.SWITCH_OVER)
+    pid = upgrade.new_qemu()
+    if method == UNIX:
+        # With a full socket before it the old one can't end what it sends.
+        os.kill(pid, signal.SIGSTOP)
+        await source.switch_over()
+    else:
+        await source.switch_over()
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        state = (await upgrade.until(HELD)).state
+        assert method == CPR or state == FAILED
+        await upgrade.handoffs.abort(upgrade.id, SOURCE, "the test says so")
+        assert await upgrade.status("a") == "running"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    await upgrade.abort()
+    await upgrade.is_only_in("a")
+
+
+async def test_a_new_qemu_that_hangs_is_not_told_to_run(upgrade: Upgrade) -> None:
+    await upgrade.advance(CPR, HELD)
+    pid = upgrade.new_qemu()
+    os.kill(pid, signal.SIGSTOP)
+    destination = upgrade.handoffs.destination(upgrade.id, Call.ACTIVATE)
+    await destination.activate()
+    assert (destination.state, destination.record.never_ran) == (FAILED, True)
+    await upgrade.abort()
+    await upgrade.is_only_in("a")
+
+
+@METHODS
 async def test_a_new_qemu_that_dies_before_it_runs_gives_the_guest_back(
     upgrade: Upgrade, method: pb.TransferMethod.ValueType
 ) -> None:
@@ -134,6 +175,16 @@ async def test_a_restarted_agent_takes_it_up(
     assert held.state == HELD, held.message
     await upgrade.handoffs.destination(upgrade.id, Call.ACTIVATE).activate()
     assert await upgrade.status("b") == "running"
+
+
+async def test_a_device_that_the_release_lacks_is_refused(upgrade: Upgrade) -> None:
+    _, guest = await upgrade.handoffs.prepare_source(upgrade.id, upgrade.guest, validate_only=True, local=True)
+    assert "pcie-root-port" in guest.device_types
+    guest.device_types.append("dropped-device")
+    with pytest.raises(PreconditionError, match=f"{upgrade.paths['new']} on host h1 has no dropped-device"):
+        await upgrade.handoffs.prepare_destination(
+            upgrade.id, guest, "b", validate_only=True, method=CPR, emulator="new"
+        )
 
 
 async def test_memory_that_is_not_shared_can_not_be_passed_on(upgrade: Upgrade) -> None:

@@ -10,6 +10,7 @@ from handoff.agent.v1.types_pb2 import Domain, DomainState
 from handoff.controller.v1.guests_pb2 import Guest
 from handoff.controller.v1.hosts_pb2 import Host, HostState
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationState, Placement
+from handoff.controller.v1.rollouts_pb2 import Rollout, RolloutGuestState, RolloutState
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -24,6 +25,13 @@ FINISHING = MigrationState.MIGRATION_STATE_FINISHING
 DONE = MigrationState.MIGRATION_STATE_DONE
 ABORTING = MigrationState.MIGRATION_STATE_ABORTING
 ABORTED = MigrationState.MIGRATION_STATE_ABORTED
+
+ROLLOUT_RUNNING = RolloutState.ROLLOUT_STATE_RUNNING
+ROLLOUT_STOPPING = RolloutState.ROLLOUT_STATE_STOPPING
+PENDING = RolloutGuestState.ROLLOUT_GUEST_STATE_PENDING
+UPGRADING = RolloutGuestState.ROLLOUT_GUEST_STATE_UPGRADING
+UPGRADED = RolloutGuestState.ROLLOUT_GUEST_STATE_UPGRADED
+FAILED = RolloutGuestState.ROLLOUT_GUEST_STATE_FAILED
 
 WHOLE_WAY = (PLANNED, PREPARING, COPYING, SWITCHING, COMMITTED, FINISHING, DONE)
 UNDONE = (PLANNED, PREPARING, COPYING, ABORTING, ABORTED)
@@ -126,3 +134,23 @@ def a_guest(name: str = "web-1", host: str = "h1", **fields: object) -> Guest:
     )
     guest.MergeFrom(Guest(**fields))
     return guest
+
+
+def a_rollout(
+    guests: Sequence["RolloutGuestState.ValueType"] = (UPGRADED, UPGRADING, PENDING), **fields: object
+) -> Rollout:
+    """A rollout whose guests, db-1, web-1 and [x], are in these states."""
+    rollout = Rollout(
+        id="20260314-093106-77aa",
+        host="h1",
+        release="10.0-rebuilt",
+        parallel=2,
+        state=ROLLOUT_RUNNING,
+        revision=1 + sum(guests),
+    )
+    rollout.create_time.FromDatetime(START)
+    for number, (name, state) in enumerate(zip(("db-1", "web-1", "[x]"), guests, strict=True), start=1):
+        migration_id = "" if state == PENDING else f"{rollout.id}-g{number}"
+        rollout.guests.add(uuid=name, name=name, state=state, migration_id=migration_id)
+    rollout.MergeFrom(Rollout(**fields))
+    return rollout

@@ -17,6 +17,7 @@ from cli_samples import (
     a_guest,
     a_host,
     a_migration,
+    a_rollout,
     copying,
 )
 from rich.console import Console, RenderableType
@@ -30,7 +31,7 @@ from handoff.controller.v1.migrations_pb2 import (
     Recovery,
     RecoveryTarget,
 )
-from handoff.controller.v1.rollouts_pb2 import Rollout, RolloutGuestState, RolloutState
+from handoff.controller.v1.rollouts_pb2 import RolloutState
 from handoff_cli.follow import LinesView
 from handoff_cli.render.fleet import guests_table, hosts_table
 from handoff_cli.render.migrations import (
@@ -45,10 +46,6 @@ from handoff_cli.render.progress import live_view
 from handoff_cli.render.record import record
 from handoff_cli.render.rollouts import end_sentence, live_rollout, rollout_record, rollouts_table
 
-RUNNING = RolloutState.ROLLOUT_STATE_RUNNING
-PENDING = RolloutGuestState.ROLLOUT_GUEST_STATE_PENDING
-UPGRADING = RolloutGuestState.ROLLOUT_GUEST_STATE_UPGRADING
-UPGRADED = RolloutGuestState.ROLLOUT_GUEST_STATE_UPGRADED
 NOW = START + timedelta(seconds=90)
 
 
@@ -331,15 +328,6 @@ def test_samples_are_sound() -> None:
     assert a_migration(UNDONE).state == ABORTED
     assert SWITCHING in WHOLE_WAY
     assert copying(0.5).progress.ram_total_bytes == GIB
-
-
-def a_rollout(**fields: object) -> Rollout:
-    rollout = Rollout(id="20260314-093106-77aa", host="h1", release="10.0-rebuilt", parallel=2, state=RUNNING)
-    rollout.create_time.CopyFrom(a_migration().create_time)
-    for name, state in (("db-1", UPGRADED), ("web-1", UPGRADING), ("[x]", PENDING)):
-        rollout.guests.add(uuid=name, name=name, state=state, migration_id="m" if state != PENDING else "")
-    rollout.MergeFrom(Rollout(**fields))
-    return rollout
 
 
 def test_a_rollout() -> None:

@@ -6,6 +6,7 @@ from handoff.controller.v1.guests_pb2 import Guest
 from handoff.controller.v1.migrations_pb2 import GuestLoss
 from handoff_controller.reconcile import ACTIVE, reconcile
 
+SHUT_OFF = DomainState.DOMAIN_STATE_SHUT_OFF
 BOTH = {"h1": {UUID}, "h2": {UUID}}
 
 
@@ -64,6 +65,20 @@ def test_an_owner_that_does_not_answer_keeps_its_guest() -> None:
 
     (written,) = changes.written
     assert (written.owner, list(written.conflicts)) == (place("h1"), ["h2"])
+
+
+def test_two_slots_that_have_it_are_a_conflict_until_one_is_gone() -> None:
+    both = [domain(), domain(slot="b")]
+    (conflict,) = reconcile("h1", both, [guest()], {"h1": {UUID}}).written
+    assert (conflict.owner, list(conflict.conflicts)) == (place("h1", "a"), ["h1/b"])
+    assert reconcile("h1", both, [conflict], {"h1": {UUID}}).written == ()
+    (settled,) = reconcile("h1", [domain()], [conflict], {"h1": {UUID}}).written
+    assert list(settled.conflicts) == []
+
+
+@pytest.mark.parametrize("leftover", [domain(slot="b", migration_id="m1"), domain(slot="b", state=SHUT_OFF)])
+def test_what_is_left_of_an_upgrade_is_no_conflict(leftover: "Domain") -> None:
+    assert reconcile("h1", [domain(), leftover], [guest()], {"h1": {UUID}}).written == ()
 
 
 def test_two_that_have_it_are_a_conflict_until_one_is_gone() -> None:

@@ -20,7 +20,7 @@ from handoff.controller.v1.migrations_pb2 import (
 )
 from handoff_common.errors import InvalidArgumentError, PreconditionError, UnavailableError
 from handoff_controller import conductor as conductor_module
-from handoff_controller import forward, undo
+from handoff_controller import forward, standstill, undo
 from handoff_controller.agents import Agents
 from handoff_controller.conductor import Conductor
 from handoff_controller.etcd.client import EtcdClient
@@ -95,6 +95,7 @@ def fleet(client: EtcdClient, lead: Lead, tmp_path: Path, monkeypatch: pytest.Mo
     for module in (forward, undo):
         monkeypatch.setattr(module, "DECISION_AFTER_S", 0.2)
     monkeypatch.setattr(forward, "LOOK_S", 0.1)
+    monkeypatch.setattr(standstill, "ORDER_LIFE_S", 0.5)
     monkeypatch.setattr(forward, "FINISHING_PATIENCE_S", 0.2)
     monkeypatch.setattr(undo, "DESTINATION_PATIENCE_S", 0.2)
     return Fleet(client, lead, tmp_path)

@@ -74,6 +74,15 @@ def test_one_after_the_other() -> None:
     assert after(last.rollout).rollout == last.rollout
 
 
+def test_a_guest_that_was_just_started_is_not_taken_for_gone() -> None:
+    seen = Look({}, {}, frozenset({"u1"}))
+    waits = decide(rollout(1), seen, at=AT).rollout
+    assert turns(waits) == [Turn.PENDING]
+    assert "records" in waits.guests[0].reason
+    assert turns(after(waits).rollout) == [Turn.UPGRADING]
+    assert turns(decide(waits, Look({}, {}), at=AT).rollout) == [Turn.SKIPPED]
+
+
 def test_several_at_a_time() -> None:
     first = after(rollout(4, parallel=2))
     assert first.create == ("r1-g1", "r1-g2")

@@ -80,7 +80,7 @@ class Copying:
         if decision.action is Action.READY:
             self._ready_s = self._ready_s or time.monotonic()
             if not self._held_back and await self._must_wait():
-                await self._migration.hold()
+                await self._migration.hold(info.cpu_throttle_percent)
                 self._held_back = True
             await self._switch.say_ready(ready=True)
             return READY_POLL_S

@@ -27,6 +27,7 @@ class Changes(TypedDict, total=False):
 
     state: State
     message: str
+    was_running: bool
     autostart: bool
     bandwidth_bytes_per_s: int
     downtime_limit_ms: int
@@ -40,6 +41,7 @@ class Changes(TypedDict, total=False):
     listen_uri: str
     activating: bool
     never_ran: bool
+    ended: bool
     running_s: float
     call_to_running_ms: float
 
@@ -103,6 +105,7 @@ class Handoff:
             message=record.message,
             never_ran=record.never_ran,
             was_running=record.was_running,
+            ended=record.ended,
         )
         if record.paused_s:
             message.switch_timings.CopyFrom(

@@ -50,6 +50,7 @@ from handoff_agent.transfer import READY_POLL_S, Transfer
 from handoff_common.errors import DeadlineError, HandoffError, UnavailableError
 
 UNORDERED_PAUSE_S: Final = 0.5
+USER_TIMEOUT_S: Final = 1.0
 ASK_AGAIN_S: Final = 5.0
 # How long a guest that is to run again waits, at the most, for what was turned back before it.
 BACK_PATIENCE_S: Final = 0.5
@@ -119,6 +120,7 @@ class SourceHandoff(Handoff):
         async with self.lock:
             if not self.permits(Call.SWITCH_OVER):
                 return
+            await self._follow_user()
             await asyncio.gather(self.change(state=SWITCHING), self._order())
             self._wake_up()
 
@@ -300,6 +302,16 @@ class SourceHandoff(Handoff):
                 self._next_look_s = RETRY_S
                 await self._notice_end()
 
+    async def _follow_user(self) -> None:
+        """Whoever paused the guest, or ran it again, before the switch was ordered meant it to stay so."""
+        if self._paused or self._stopping:
+            return
+        with contextlib.suppress(HandoffError):
+            status = await self._monitor.query_status(timeout_s=USER_TIMEOUT_S, urgent=True)
+            # QEMU pauses it for the migration as "finish-migrate".
+            if (status == "running") is not self.record.was_running and status in ("running", "paused"):
+                await self.change(was_running=status == "running")
+
     async def _notice_end(self) -> None:
         with contextlib.suppress(HandoffError):
             if not await is_active(self._slot, self.record.domain_uuid):
@@ -309,6 +321,9 @@ class SourceHandoff(Handoff):
         match event:
             case None | ConnectionEvent(connected=True):
                 await self._look()
+            case MonitorEvent(event="STOP" | "RESUME") if not (self._ordered_at or self._stopping or self._paused):
+                await self._follow_user()
+                self._stopped_s = event.time_s if event.event == "STOP" and self.record.was_running else 0.0
             case MonitorEvent(event="STOP"):
                 self._stopped_s = event.time_s
                 if self.record.passes_on and not self._over:

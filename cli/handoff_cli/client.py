@@ -22,6 +22,7 @@ from handoff.controller.v1.migrations_pb2 import (
     ListMigrationsResponse,
     Migration,
     MigrationKind,
+    RecoverMigrationRequest,
     WatchMigrationRequest,
 )
 from handoff.controller.v1.migrations_pb2_grpc import MigrationsServiceStub
@@ -30,6 +31,9 @@ from handoff_cli.newest import newest
 from handoff_cli.rollout_client import RolloutClient
 from handoff_cli.states import is_final
 from handoff_common.errors import HandoffError, InvalidArgumentError, PreconditionError
+
+# A decision may have to wait for the fence command.
+RECOVER_S = 60.0
 
 
 def new_request_id(now: datetime) -> str:
@@ -138,6 +142,13 @@ class Controllers:
         request = CancelMigrationRequest(id=beginning)
         response = await self._failover.write(
             lambda channel, s: MigrationsServiceStub(channel).CancelMigration(request, timeout=s)
+        )
+        return response.migration
+
+    async def recover(self, request: RecoverMigrationRequest) -> Migration:
+        """Takes a decision. Safe to repeat: a decision that is taken is answered with the migration."""
+        response = await self._failover.write(
+            lambda channel, s: MigrationsServiceStub(channel).RecoverMigration(request, timeout=s), try_s=RECOVER_S
         )
         return response.migration
 

@@ -71,7 +71,9 @@ class Agent(Protocol):
     async def switch_over(self, fence: Fence, migration_id: str) -> Handoff:
         """SwitchOver."""
 
-    async def activate(self, fence: Fence, migration_id: str) -> Handoff:
+    async def activate(
+        self, fence: Fence, migration_id: str, *, heard_clock_ms: int, keep_paused: bool = False
+    ) -> Handoff:
         """Activate."""
 
     async def release_source(self, fence: Fence, migration_id: str) -> Handoff:
@@ -80,7 +82,9 @@ class Agent(Protocol):
     async def finalize_destination(self, fence: Fence, migration_id: str) -> Handoff:
         """FinalizeDestination."""
 
-    async def abort(self, fence: Fence, migration_id: str, role: "HandoffRole.ValueType", reason: str) -> Handoff:
+    async def abort(
+        self, fence: Fence, migration_id: str, role: "HandoffRole.ValueType", reason: str, *, fenced: bool = False
+    ) -> Handoff:
         """AbortHandoff."""
 
     def watch(self, migration_id: str, role: "HandoffRole.ValueType") -> AsyncGenerator[Handoff, None]:
@@ -179,9 +183,13 @@ class GrpcAgent:
         response = await self._answer(lambda: self._qemu.SwitchOver(request, timeout=ORDER_S))
         return response.handoff
 
-    async def activate(self, fence: Fence, migration_id: str) -> Handoff:
+    async def activate(
+        self, fence: Fence, migration_id: str, *, heard_clock_ms: int, keep_paused: bool = False
+    ) -> Handoff:
         """Activate."""
-        request = ActivateRequest(fence=fence, migration_id=migration_id)
+        request = ActivateRequest(
+            fence=fence, migration_id=migration_id, heard_clock_ms=heard_clock_ms, keep_paused=keep_paused
+        )
         response = await self._answer(lambda: self._qemu.Activate(request, timeout=ORDER_S))
         return response.handoff
 
@@ -197,9 +205,11 @@ class GrpcAgent:
         response = await self._answer(lambda: self._qemu.FinalizeDestination(request, timeout=DOMAIN_S))
         return response.handoff
 
-    async def abort(self, fence: Fence, migration_id: str, role: "HandoffRole.ValueType", reason: str) -> Handoff:
+    async def abort(
+        self, fence: Fence, migration_id: str, role: "HandoffRole.ValueType", reason: str, *, fenced: bool = False
+    ) -> Handoff:
         """AbortHandoff."""
-        request = AbortHandoffRequest(fence=fence, migration_id=migration_id, role=role, reason=reason)
+        request = AbortHandoffRequest(fence=fence, migration_id=migration_id, role=role, reason=reason, fenced=fenced)
         response = await self._answer(lambda: self._qemu.AbortHandoff(request, timeout=DOMAIN_S))
         return response.handoff
 

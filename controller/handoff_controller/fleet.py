@@ -35,6 +35,7 @@ class Fleet:
         self._settler = settler
         self._hosts: dict[str, Host] = {}
         self._reported: dict[str, set[str]] = {}
+        self._problems: dict[str, list[str]] = {}
 
     async def run(self) -> None:
         """Looks at every host, for ever. Raises StaleTermError when we don't lead any more."""
@@ -53,7 +54,7 @@ class Fleet:
             host.detail.CopyFrom(await agent.get_host())
             domains = await agent.list_domains()
         except HandoffError as error:
-            self._describe_absent(host, error)
+            await self._describe_absent(host, error)
         else:
             host.seen_time.FromDatetime(datetime.now(UTC))
             lost = [slot.name for slot in host.detail.slots if not slot.connected]
@@ -62,19 +63,28 @@ class Fleet:
                 host.message = f"libvirt of slot {', '.join(lost)} does not answer"
             host.domains.extend(domains)
             host.guests = sum(domain.state in ACTIVE and not domain.migration_id for domain in domains)
+            host.problems.extend(self._problems.get(name, ()))
         await self._record(host)
         if domains is not None and host.state == HostState.HOST_STATE_UP:
             await self._reconcile(name, domains, guests)
-            await self._settler.settle(agent)
+            self._problems[name] = await self._settler.settle(agent)
+            if self._problems[name] != list(host.problems):
+                host.problems[:] = self._problems[name]
+                await self._record(host)
         else:
             self._reported.pop(name, None)
+            self._settler.forget(name)
         return host
 
-    def _describe_absent(self, host: Host, error: HandoffError) -> None:
+    async def _describe_absent(self, host: Host, error: HandoffError) -> None:
         """An agent that is away says nothing of its guests: what it told last stays in the record."""
         last = self._hosts.get(host.name)
+        if last is None:  # what it told another leader
+            last = next((one for one in await self._store.hosts() if one.name == host.name), None)
         if last is not None:
+            address = host.agent_address
             host.CopyFrom(last)
+            host.agent_address = address
         host.state = HostState.HOST_STATE_DOWN
         host.message = error.message
 

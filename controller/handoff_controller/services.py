@@ -34,8 +34,11 @@ from handoff.controller.v1.migrations_pb2 import (
     CreateUpgradeResponse,
     GetMigrationRequest,
     GetMigrationResponse,
+    GuestLoss,
     ListMigrationsRequest,
     ListMigrationsResponse,
+    RecoverMigrationRequest,
+    RecoverMigrationResponse,
     WatchMigrationRequest,
     WatchMigrationResponse,
 )
@@ -142,6 +145,15 @@ class MigrationsService(migrations_pb2_grpc.MigrationsServiceServicer):
             lambda leader, timeout, via: leader.CancelMigration(request, timeout=timeout, metadata=via),
         )
 
+    async def RecoverMigration(self, request: RecoverMigrationRequest, context: Context) -> RecoverMigrationResponse:  # noqa: N802
+        """Leader only."""
+        if (conductor := self._link.leading()) is not None:
+            return RecoverMigrationResponse(migration=await conductor.recover(request))
+        return await self._link.forward(
+            context,
+            lambda leader, timeout, via: leader.RecoverMigration(request, timeout=timeout, metadata=via),
+        )
+
     async def GetMigration(self, request: GetMigrationRequest, context: Context) -> GetMigrationResponse:  # noqa: N802
         """Any replica."""
         return GetMigrationResponse(migration=await self._reader.migration(request.id))
@@ -174,12 +186,20 @@ class GuestsService(guests_pb2_grpc.GuestsServiceServicer):
     async def GetGuest(self, request: GetGuestRequest, context: Context) -> GetGuestResponse:  # noqa: N802
         """Any replica."""
         guest = await self._reader.guest(request.guest)
-        return GetGuestResponse(guest=_with_domains([guest], await self._reader.hosts())[0])
+        return GetGuestResponse(guest=(await self._described([guest]))[0])
 
     async def ListGuests(self, request: ListGuestsRequest, context: Context) -> ListGuestsResponse:  # noqa: N802
         """Any replica."""
         guests = [guest for guest in await self._reader.guests() if request.host in ("", guest.owner.host)]
-        return ListGuestsResponse(guests=_with_domains(guests, await self._reader.hosts()))
+        return ListGuestsResponse(guests=await self._described(guests))
+
+    async def _described(self, guests: list[Guest]) -> list[Guest]:
+        described = _with_domains(guests, await self._reader.hosts())
+        for guest in described:
+            if guest.active_migration:
+                migration = await self._reader.find_migration(guest.active_migration)
+                guest.needs_decision = migration.needs_decision if migration is not None else ""
+        return described
 
 
 class HostsService(hosts_pb2_grpc.HostsServiceServicer):
@@ -213,9 +233,13 @@ class HostsService(hosts_pb2_grpc.HostsServiceServicer):
 
 
 def _with_domains(guests: list[Guest], hosts: tuple[Host, ...]) -> list[Guest]:
-    """The guests with their domains as their owners last reported them."""
+    """The guests with their domains as their owners last reported them; where one can't be asked, that it is so."""
     domains = {(host.name, domain.uuid): domain for host in hosts for domain in host.domains}
+    down = {host.name: host for host in hosts if host.state == HostState.HOST_STATE_DOWN}
     for guest in guests:
+        silent = down.get(guest.owner.host)
+        if silent is not None and not guest.HasField("loss"):
+            guest.loss.CopyFrom(GuestLoss(host=silent.name, time=silent.seen_time, reason=silent.message))
         domain = domains.get((guest.owner.host, guest.uuid))
         if domain is not None:
             guest.domain.CopyFrom(domain)

@@ -26,6 +26,28 @@ class AdmissionSettings(Settings):
     max_upgrades_per_host: int = Field(default=2, ge=1, description="upgrades of guests on one host")
 
 
+class FencingSettings(Settings):
+    """How it is made sure that a host that does not answer runs no guest."""
+
+    command: tuple[str, ...] = Field(
+        default=(),
+        description='command that turns a host off, "{host}" in it is its name; status 0: it is off for certain',
+    )
+    deadline_s: float = Field(default=20.0, gt=0, description="how long it may take")
+    automatic_after_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="fence without being asked when a committed guest's host has been silent for so long; 0: never",
+    )
+
+
+class RetentionSettings(Settings):
+    """How long migrations that have ended are remembered. The newest `count` are, and those younger than `age_s`."""
+
+    count: int = Field(default=1000, ge=0, description="so many, however old")
+    age_s: float = Field(default=30 * 24 * 3600.0, ge=0, description="all that ended so recently")
+
+
 class ControllerSettings(Settings):
     """Everything that a controller is told."""
 
@@ -39,5 +61,7 @@ class ControllerSettings(Settings):
     etcd: EtcdSettings
     hosts: dict[str, str] = Field(min_length=1, description='agents by host name, each "host:port" or "unix:/path"')
     admission: AdmissionSettings = AdmissionSettings()
+    fencing: FencingSettings = FencingSettings()
+    keep_migrations: RetentionSettings = RetentionSettings()
     log_format: LogFormat = "json"
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")

@@ -90,6 +90,11 @@ class Fabric:
         names = [f"m-{host}"] * management + [f"o-{host}"] * overlay
         self._ip([f"link set {name} {'up' if up else 'down'}" for name in names])
 
+    def keep_apart(self, first: str, second: str, *, apart: bool) -> None:
+        """Cuts or mends the overlay between two hosts; all others still reach both."""
+        flag = "on" if apart else "off"
+        self._ip([f"link set o-{name} type bridge_slave isolated {flag}" for name in (first, second)])
+
     def set_rate(self, host: Node, rate: str) -> None:
         """Limits a host's overlay link, both ways, or lifts the limit (`none`)."""
         for node, interface in ((self.node, f"o-{host.name}"), (host, "ovl0")):

@@ -129,9 +129,10 @@ def domain_xml(guest: GuestRecord, lab: Lab, release: Release, machine: str = ""
 
 @dataclass(frozen=True, slots=True)
 class Guests:
-    """Creates, finds and removes guests."""
+    """Creates, finds and removes guests. `hosts`: only these are looked at; empty: all."""
 
     fleet: Fleet
+    hosts: tuple[str, ...] = ()
 
     @property
     def lab(self) -> Lab:
@@ -247,7 +248,8 @@ class Guests:
 
     def domains(self) -> list[Sighting]:
         """Every domain, whoever made it, in every slot of every host that is up."""
-        hosts = [host for host in self.fleet.members(self.lab.require_config()) if isinstance(host, Host)]
+        members = self.fleet.members(self.lab.require_config())
+        hosts = [host for host in members if isinstance(host, Host) and host.name in (self.hosts or (host.name,))]
         asked = [(host, slot) for host in hosts for slot in SLOTS if host.daemons()[f"libvirtd-{slot}"].ready()]
         answers = in_parallel([partial(_domains, host, slot) for host, slot in asked])
         return [seen for answer in answers for seen in answer]

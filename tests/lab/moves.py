@@ -131,6 +131,14 @@ class Moves:
                     return migration
         raise AssertionError("the watch ended before the copy began")
 
+    async def asks(self, migration_id: str) -> Migration:
+        """Waits until an operator has to decide."""
+        async with aclosing(self.watch(migration_id)) as updates:
+            async for migration in updates:
+                if migration.needs_decision:
+                    return migration
+        raise AssertionError("the watch ended before a decision was needed")
+
     async def ends(self, migration_id: str, controller: str | None = None) -> Migration:
         """Waits for the final state."""
         async with aclosing(self.watch(migration_id, controller)) as updates:

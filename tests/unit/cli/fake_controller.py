@@ -20,6 +20,8 @@ from handoff.controller.v1.migrations_pb2 import (
     ListMigrationsRequest,
     ListMigrationsResponse,
     Migration,
+    RecoverMigrationRequest,
+    RecoverMigrationResponse,
     WatchMigrationRequest,
     WatchMigrationResponse,
 )
@@ -146,6 +148,16 @@ class FakeController(
         migration.cancel_requested = True
         await self.fleet.put(migration)
         return CancelMigrationResponse(migration=migration)
+
+    async def RecoverMigration(self, request: RecoverMigrationRequest, context: Context) -> RecoverMigrationResponse:  # noqa: N802
+        if self.refusals:
+            raise self.refusals.pop(0)
+        migration = self.fleet.find(request.id)
+        migration.recovery.target = request.target
+        migration.recovery.by = request.by
+        migration.recovery.fenced_host = request.fenced_host
+        await self.fleet.put(migration)
+        return RecoverMigrationResponse(migration=migration)
 
     async def WatchMigration(  # noqa: N802
         self, request: WatchMigrationRequest, context: grpc.aio.ServicerContext

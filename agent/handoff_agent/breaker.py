@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -18,13 +19,20 @@ RETRY_S: Final = 0.2
 class Breaker:
     """The deadline of a pause. When it has passed the stream is cut and QEMU is told to give the migration up."""
 
-    def __init__(self, migration: OutgoingMigration, log: structlog.typing.FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        migration: OutgoingMigration,
+        log: structlog.typing.FilteringBoundLogger,
+        on_break: Callable[[], None],
+    ) -> None:
+        """`on_break` is called when the transfer is broken, before QEMU is told."""
         self.stream: Stream | None = None
         """Ours while we have it: an agent that was restarted does not."""
         self.reason = ""
         """Why it was broken; empty while it was not."""
         self._migration = migration
         self._log = log
+        self._on_break = on_break
         self._timer: asyncio.TimerHandle | None = None
         self._rescue: asyncio.Task[None] | None = None
 
@@ -62,6 +70,7 @@ class Breaker:
         self.reason = reason
         self._log.warning("stream cut", reason=reason)
         self.cut()
+        self._on_break()
         # QEMU does not notice while it waits in pre-switchover.
         self._rescue = asyncio.create_task(self._cancel())
 

@@ -11,18 +11,20 @@ FinalizeDestination   define, autostart                                         
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import libvirt
 
+from handoff_agent.companions import DestinationCompanion, each, together
 from handoff_agent.domains import end_domain, is_active
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Handoff, Notify, Save
 from handoff_agent.ledger import Record
 from handoff_agent.local_sockets import CPR, UNIX, LocalSockets, cpr_socket, main_socket
-from handoff_agent.monitor import Monitor, QmpError
+from handoff_agent.monitor import MigrationStatus, Monitor, QmpError
 from handoff_agent.rules import ABORTED, ACTIVE, FAILED, FINALIZED, PREPARED, Call
 from handoff_agent.slots import CALL_TIMEOUT_S, LibvirtFailure, Slot
 from handoff_common.errors import (
@@ -73,8 +75,11 @@ class DestinationHandoff(Handoff):
 
     def __init__(self, record: Record, save: Save, notify: Notify, slot: Slot, sockets: LocalSockets) -> None:
         super().__init__(record, save, notify)
+        self.companions: Sequence[DestinationCompanion] = ()
         self._slot = slot
         self._sockets = sockets
+        self._knows_created = False
+        self._knows_running = False
         self._starting: asyncio.Task[None] | None = None
         self._monitor = Monitor(slot, record.domain_uuid)
         self._guard: asyncio.Task[None] | None = None
@@ -92,6 +97,8 @@ class DestinationHandoff(Handoff):
         """
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self._undo_create)
+            for companion in self.companions:
+                xml = await companion.prepare(xml)
             match entrance:
                 case Listener():
                     await self._start(xml)
@@ -118,14 +125,21 @@ class DestinationHandoff(Handoff):
         # Begun by an earlier life of the agent.
         if not await is_active(self._slot, self.record.domain_uuid):
             raise PreconditionError(f"guest {self.record.domain_name}: the new QEMU has ended")
-        with contextlib.suppress(DeadlineError):
+        try:
             await self._monitor.query_status(timeout_s=ACCEPT_TIMEOUT_S)
-            return True
-        return False
+        except DeadlineError:
+            return False
+        await self._tell_created()
+        return True
 
     async def accept(self) -> None:
-        """Lets QEMU take the devices' state. Raises as Monitor.execute does."""
-        await self._listen_locally(self.record.listen_uri.removeprefix(CPR), ACCEPT_TIMEOUT_S)
+        """Lets QEMU take the devices' state; may be repeated. Raises as Monitor.execute does."""
+        try:
+            await self._listen_locally(self.record.listen_uri.removeprefix(CPR), ACCEPT_TIMEOUT_S)
+        except QmpError:
+            # By an earlier life of the agent.
+            if (await self._monitor.query_migrate(urgent=True)).status is MigrationStatus.NONE:
+                raise
 
     async def activate(self) -> None:
         """Runs the guest; ACTIVE on return, or FAILED.
@@ -137,20 +151,56 @@ class DestinationHandoff(Handoff):
         async with self.lock:
             if not self.permits(Call.ACTIVATE):
                 return
-            if not self.record.was_running:
+            if self.record.was_running:
+                await self._run_here(arrived + ACTIVATE_TIMEOUT_S, arrived_s)
+            else:
                 await self._keep_paused()
+            if self.state != ACTIVE:
                 return
-            first = not self.record.activating
-            # From here on only QEMU's own word, or the domain's end, can tell that it never ran.
-            await self.change(activating=True)
-            with self._slot.events(self.record.domain_uuid) as events:
-                ran_s = await self._run(events, arrived + ACTIVATE_TIMEOUT_S, first=first)
-            if ran_s is None:
-                return
-            self._stop_watching()
-            await self.change(state=ACTIVE, running_s=ran_s, call_to_running_ms=max(0.0, 1000 * (ran_s - arrived_s)))
-        with contextlib.suppress(HandoffError):
-            await self._monitor.execute("announce-self", _ANNOUNCE)
+        await asyncio.gather(
+            self._monitor.execute("announce-self", _ANNOUNCE), self._tell_running(), return_exceptions=True
+        )
+
+    async def _run_here(self, deadline: float, arrived_s: float) -> None:
+        """ACTIVE once QEMU says that the guest runs, FAILED if it certainly won't. Raises as `_run` does."""
+        first = not self.record.activating
+        if not await self._may_run(first=first):
+            return
+        # From here on only QEMU's own word, or the domain's end, can tell that it never ran.
+        await self.change(activating=True)
+        with self._slot.events(self.record.domain_uuid) as events:
+            ran_s = await self._run(events, deadline, first=first)
+        if ran_s is None:
+            return
+        self._stop_watching()
+        await self.change(state=ACTIVE, running_s=ran_s, call_to_running_ms=max(0.0, 1000 * (ran_s - arrived_s)))
+
+    async def _may_run(self, *, first: bool) -> bool:
+        """The companions have done what comes before the guest runs; FAILED if not. `first`: as of `_run`."""
+        try:
+            async with asyncio.timeout(ACTIVATE_TIMEOUT_S):
+                await together(companion.before_run() for companion in self.companions)
+            return True
+        except HandoffError as error:
+            reason = error.message
+        except TimeoutError:
+            reason = f"what comes before it took more than {ACTIVATE_TIMEOUT_S:g} s"
+        if first:
+            await self.change(state=FAILED, message=f"the guest was not run: {reason}", never_ran=True)
+            return False
+        self.log.warning("companion", error=reason)
+        return True
+
+    async def _tell_created(self) -> None:
+        if not self._knows_created:
+            await together(companion.created() for companion in self.companions)
+            self._knows_created = True
+
+    async def _tell_running(self) -> None:
+        """Raises the first failure, all of which are logged."""
+        if not self._knows_running:
+            await each((companion.running() for companion in self.companions), self.log)
+            self._knows_running = True
 
     async def _keep_paused(self) -> None:
         """ACTIVE for a guest that its user had paused, if it is there; FAILED if not."""
@@ -159,13 +209,17 @@ class DestinationHandoff(Handoff):
             and await self._monitor.query_status(urgent=True) in _ARRIVED_STATUSES
         )
         if arrived:
-            self._stop_watching()
-            await self.change(state=ACTIVE)
+            if await self._may_run(first=True):
+                self._stop_watching()
+                await self.change(state=ACTIVE)
         else:
             await self.change(state=FAILED, message="the paused guest is not there", never_ran=True)
 
     async def finalize(self) -> None:
-        """Makes the definition persistent, with its autostart. Raises as Slot.call does; may be repeated."""
+        """Makes the definition persistent, with its autostart; may be repeated.
+
+        Raises as Slot.call does, and what a companion raises.
+        """
         async with self.lock:
             if not self.permits(Call.FINALIZE):
                 return
@@ -178,10 +232,13 @@ class DestinationHandoff(Handoff):
             if xml:
                 await self._slot.call(define)
             self._sockets.remove(self.record.migration_id)
+            if self.state == ACTIVE:
+                await self._tell_running()
+            await each((companion.finalize() for companion in self.companions), self.log)
             await self.change(state=FINALIZED)
 
     async def abort(self, reason: str) -> None:
-        """Destroys the domain. Raises as end_domain does."""
+        """Destroys the domain. Raises as end_domain does, and what a companion raises."""
         async with self.lock:
             if not self.permits(Call.ABORT):
                 return
@@ -212,6 +269,7 @@ class DestinationHandoff(Handoff):
         known = await self._monitor.query_capabilities()
         late = {_LATE_ACTIVATION: True} if _LATE_ACTIVATION in known else {}
         await self._monitor.set_capabilities(_CAPABILITIES | late)
+        await self._tell_created()
 
     async def _until_it_waits(self, folder: str) -> None:
         """Waits until QEMU waits for the memory; libvirt's call goes on until it has come."""
@@ -340,6 +398,7 @@ class DestinationHandoff(Handoff):
         await end_domain(self._slot, self.record.domain_uuid, listens=not was_starting)
         self._slot.forget(self.record.domain_uuid)
         self._sockets.remove(self.record.migration_id)
+        await each((companion.undo() for companion in self.companions), self.log)
 
     async def _undo_create(self) -> None:
         try:

@@ -31,7 +31,7 @@ class Changes(TypedDict, total=False):
     bandwidth_bytes_per_s: int
     downtime_limit_ms: int
     switch_deadline_s: float
-    passes_on: bool
+    transfer_uri: str
     started_s: float
     paused_s: float
     paused_to_held_ms: float

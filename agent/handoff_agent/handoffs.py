@@ -12,12 +12,14 @@ import structlog
 from handoff.agent.v1 import qemu_pb2 as pb
 from handoff.agent.v1 import types_pb2 as types
 from handoff_agent.arrival import DEFAULT_SLOT, Arrivals
+from handoff_agent.companions import Companions, NoCompanions
 from handoff_agent.departure import Departures
 from handoff_agent.destination import DestinationHandoff, Folder, Listener
 from handoff_agent.handoff import Handoff
 from handoff_agent.handoff_changes import HandoffChanges
 from handoff_agent.ledger import Ledger, Record, TermGuard
 from handoff_agent.local_sockets import LocalSockets, cpr_socket
+from handoff_agent.passing import Receiver
 from handoff_agent.rules import (
     ABORTED,
     DESTINATION,
@@ -31,8 +33,8 @@ from handoff_agent.rules import (
     judge,
     role_name,
 )
-from handoff_agent.slots import Hypervisor
-from handoff_agent.source import Receiver, SourceHandoff
+from handoff_agent.slots import Hypervisor, Slot
+from handoff_agent.source import SourceHandoff
 from handoff_agent.survey import LOCAL_METHODS
 from handoff_common.errors import HandoffError, InvalidArgumentError, NotFoundError, PreconditionError
 
@@ -54,6 +56,7 @@ class Handoffs:
         ledger: Ledger,
         term_guard: TermGuard,
         changes: HandoffChanges,
+        companions: Companions | None = None,
     ) -> None:
         self._hypervisor = hypervisor
         self._departures = departures
@@ -63,6 +66,7 @@ class Handoffs:
         self._ledger = ledger
         self._term_guard = term_guard
         self._changes = changes
+        self._companions = companions or NoCompanions()
         self._handoffs: dict[tuple[str, Role], Handoff] = {}
         self._preparing = asyncio.Lock()
         # One thread: records reach the disk in the order in which they changed.
@@ -218,9 +222,7 @@ class Handoffs:
                 persistent_xml=arrival.persistent_xml,
                 changed_s=time.time(),
             )
-            handoff = DestinationHandoff(
-                record, self._save, self._changes.publish, self._hypervisor.slot(slot_name), self._sockets
-            )
+            handoff = self._make_destination(record, self._hypervisor.slot(slot_name))
             entrance = (
                 Folder(folder, passes_on=method == pb.TRANSFER_METHOD_CPR)
                 if method in LOCAL_METHODS
@@ -290,12 +292,22 @@ class Handoffs:
         if slot is None:
             handoff = Handoff(record, self._save, self._changes.publish)
         elif record.role == SOURCE:
-            handoff = SourceHandoff(
-                record, self._save, self._changes.publish, slot, lambda: self._receiver(record.migration_id)
-            )
+            handoff = self._make_source(record, slot)
         else:
-            handoff = DestinationHandoff(record, self._save, self._changes.publish, slot, self._sockets)
+            handoff = self._make_destination(record, slot)
         self._handoffs[record.migration_id, record.role] = handoff
+        return handoff
+
+    def _make_source(self, record: Record, slot: Slot) -> SourceHandoff:
+        handoff = SourceHandoff(
+            record, self._save, self._changes.publish, slot, lambda: self._receiver(record.migration_id)
+        )
+        handoff.companions = self._companions.of_source(handoff, slot)
+        return handoff
+
+    def _make_destination(self, record: Record, slot: Slot) -> DestinationHandoff:
+        handoff = DestinationHandoff(record, self._save, self._changes.publish, slot, self._sockets)
+        handoff.companions = self._companions.of_destination(handoff, slot)
         return handoff
 
     def _receiver(self, migration_id: str) -> Receiver:

@@ -15,6 +15,7 @@ from typing import Final
 import structlog
 
 from handoff.agent.v1 import types_pb2
+from handoff_agent.local_sockets import CPR
 from handoff_agent.rules import FINAL_STATES, Role, State, role_name, state_name
 from handoff_common.errors import StaleTermError
 
@@ -43,8 +44,8 @@ class Record:
     bandwidth_bytes_per_s: int = 0
     downtime_limit_ms: int = 0
     switch_deadline_s: float = 0.0
-    passes_on: bool = False
-    """Source: the memory is passed on by descriptor, not copied."""
+    transfer_uri: str = ""
+    """Source: where the guest is sent."""
     started_s: float = 0.0
     paused_s: float = 0.0
     paused_to_held_ms: float = 0.0
@@ -60,6 +61,11 @@ class Record:
     never_ran: bool = False
     running_s: float = 0.0
     call_to_running_ms: float = 0.0
+
+    @property
+    def passes_on(self) -> bool:
+        """Source: the memory is passed on by descriptor, not copied."""
+        return self.transfer_uri.startswith(CPR)
 
 
 class Ledger:

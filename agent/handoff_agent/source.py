@@ -1,49 +1,41 @@
-"""The source's side of a handoff: copies the memory, holds the guest paused once it is complete, runs it again if not.
+"""The source's side of a handoff: sends the guest, holds it paused once all is sent, runs it again if not.
 
-QEMU and the agent talk like this (QEMU's states in brackets):
+QEMU and the agent talk like this (QEMU's states in brackets); how the memory is sent is in copying.py and passing.py:
 
-    StartTransfer     migrate                          [active]          TRANSFERRING
-                      near the end of a pass: slow down                  READY
-    SwitchOver        full speed                       [active]          SWITCHING
-                      little is left: stop                               deadline armed
-                      STOP event, the rest is sent     [pre-switchover]
-                      migrate-continue                 [device]
-                      everything is at the destination [completed]       HELD
+    StartTransfer     what goes beside the memory is begun             TRANSFERRING
+                      migrate                          [active]
+                      QEMU can go over at once                         READY
+    SwitchOver        the guest may be paused          [active]        SWITCHING
+                      STOP event, the rest is sent                     deadline armed
+                      everything is at the destination [completed]     HELD
 
-A QEMU before 8.1 pauses the guest by itself after SwitchOver, or before it when it finds nothing dirty. The latter is
-READY too, but the guest waits: it runs again when the order does not come within UNORDERED_PAUSE_S.
-
-When the memory is passed on ("cpr:…"), the other QEMU is on this host, and its side of the handoff in this agent:
-
-    StartTransfer     migrate: the descriptors are sent [setup]          TRANSFERRING
-                      the new QEMU has started                           READY
-    SwitchOver        the new QEMU is told to listen                     SWITCHING
-                      STOP event, the devices are sent   [active]        deadline armed
-                                                         [completed]     HELD
+A QEMU that pauses the guest unasked, as those before 8.1 may, is READY too, but the guest waits: it runs again when the
+order does not come within UNORDERED_PAUSE_S.
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
-from typing import Final, Protocol
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Final
 
 from handoff_agent.breaker import CANCEL_TIMEOUT_S, RETRY_S, Breaker
-from handoff_agent.convergence import Action, ConvergenceSettings, Sample, decide, next_look_s
+from handoff_agent.companions import SourceCompanion, each, together
+from handoff_agent.convergence import ConvergenceSettings
+from handoff_agent.copying import Copying
 from handoff_agent.domains import end_domain, is_active, is_running, run_again, undefine
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Changes, Handoff, Notify, Save
 from handoff_agent.ledger import Record
-from handoff_agent.local_sockets import CPR
-from handoff_agent.meter import Meter, final_progress, progress
-from handoff_agent.monitor import MigrationInfo, MigrationStatus, Monitor, QmpError
+from handoff_agent.meter import final_progress
+from handoff_agent.monitor import MigrationStatus, Monitor
 from handoff_agent.outgoing import OutgoingMigration
+from handoff_agent.passing import Passing, Receiver
 from handoff_agent.rules import (
     ABORTED,
     COPYING_STATES,
     FAILED,
     HELD,
-    PREPARED,
     READY,
     RELEASED,
     SWITCHING,
@@ -52,33 +44,13 @@ from handoff_agent.rules import (
     State,
 )
 from handoff_agent.slots import Slot
-from handoff_agent.stream import Stream
+from handoff_agent.transfer import READY_POLL_S, Transfer
 from handoff_common.errors import DeadlineError, HandoffError, UnavailableError
 
 UNORDERED_PAUSE_S: Final = 0.5
-# After SwitchOver QEMU may first only pause the guest for this share of the allowed time; most guests get by with it.
-FIRST_SHARE_OF_DOWNTIME: Final = 1 / 20
-FULL_LIMIT_AFTER_S: Final = 0.1
-HELD_BACK_POLL_S: Final = 0.5
-ORDERED_POLL_S: Final = 0.005
-# Where QEMU waits for us, the end of a pass may be missed.
-GATED_POLL_S: Final = 0.02
-# More than QEMU does between two looks while it is held back, and a time after which it surely no longer is.
-MOVES_BYTES: Final = 256 << 10
-MOVES_PASSES: Final = 10
-MOVES_AFTER_S: Final = 0.3
-MAX_SAMPLES: Final = 600
 ASK_AGAIN_S: Final = 5.0
-
-
-class Receiver(Protocol):
-    """The destination's side, where it is in the same agent."""
-
-    async def is_started(self) -> bool:
-        """Its QEMU has the memory and answers. Raises HandoffError when it has ended instead."""
-
-    async def accept(self) -> None:
-        """Lets its QEMU take the devices' state: the source's QEMU pauses the guest at once."""
+# How long a guest that is to run again waits, at the most, for what was turned back before it.
+BACK_PATIENCE_S: Final = 0.5
 
 
 class SourceHandoff(Handoff):
@@ -89,33 +61,41 @@ class SourceHandoff(Handoff):
     ) -> None:
         """`receiver` raises NotFoundError when the destination's side is not in this agent."""
         super().__init__(record, save, notify)
+        self.companions: Sequence[SourceCompanion] = ()
         self._slot = slot
         self._receiver = receiver
         self._monitor = Monitor(slot, record.domain_uuid)
-        self._migration = OutgoingMigration(self._monitor, record.bandwidth_bytes_per_s)
-        self._breaker = Breaker(self._migration, self.log)
-        self._meter = Meter()
-        self._samples: list[Sample] = []
         self._events: Subscription | None = None
         self._job: asyncio.Task[None] | None = None
+        self._beginning: asyncio.Task[None] | None = None
+        self._pausing: asyncio.Task[None] | None = None
+        self._turning_back: asyncio.Task[HandoffError | None] | None = None
         self._next_look_s = 0.0
-        self._held_back = False
-        self._held_at: MigrationInfo | None = None
+        self._begun = False
         self._ordered_at = 0.0
-        self._allowed_ms = 0
-        self._stop_sent = False
+        self._went_s = 0.0
+        self._stopping = False
         self._stopped_s = 0.0
         self._pause_over = (0.0, 0.0)
         self._paused = False
-        self._continued = False
-        self._accepted_s = 0.0
         self._over = False
         self._aborting = False
+        self._set_out()
+
+    def _set_out(self) -> None:
+        """Makes what depends on how the transfer was ordered."""
+        self._migration = OutgoingMigration(self._monitor, self.record.bandwidth_bytes_per_s)
+        self._breaker = Breaker(self._migration, self.log, self._on_break)
+        self._way: Transfer
+        if self.record.passes_on:
+            self._way = Passing(self, self._migration, self._receiver)
+        else:
+            self._way = Copying(self, self._migration, held_back=self.state == READY)
 
     # The leader's calls. Each holds the lock, and is repeatable.
 
     async def start_transfer(self, uri: str, limits: ConvergenceSettings, bandwidth: int, deadline_s: float) -> None:
-        """Begins to copy to `uri`; on return QEMU sends, or the handoff has FAILED."""
+        """Begins to send to `uri`; on return QEMU sends, or the handoff has FAILED, or its companions are at work."""
         async with self.lock:
             if not self.permits(Call.START_TRANSFER):
                 return
@@ -124,44 +104,49 @@ class SourceHandoff(Handoff):
                 downtime_limit_ms=limits.downtime_limit_ms,
                 bandwidth_bytes_per_s=bandwidth,
                 switch_deadline_s=deadline_s,
-                passes_on=uri.startswith(CPR),
+                transfer_uri=uri,
                 started_s=time.time(),
             )
-            self._migration = OutgoingMigration(self._monitor, bandwidth)
-            self._breaker = Breaker(self._migration, self.log)
-            begun = asyncio.Event()
-            self._own(self._transfer(uri, begun))
-            await begun.wait()
+            self._set_out()
+            under_way = asyncio.Event()
+            self._own(self._transfer(under_way))
+            await under_way.wait()
 
     async def switch_over(self) -> None:
         """Lets QEMU pause the guest and send the rest."""
         async with self.lock:
             if not self.permits(Call.SWITCH_OVER):
                 return
-            self._ordered_at = time.monotonic()
-            await asyncio.gather(self.change(state=SWITCHING), self._go())
-            if self._events is not None:
-                self._events.wake()
+            await asyncio.gather(self.change(state=SWITCHING), self._order())
+            self._wake_up()
 
     async def release(self) -> None:
-        """Destroys the held copy and undefines the guest here."""
+        """Destroys the held copy and undefines the guest here. Raises what a companion raises; repeat it then."""
         async with self.lock:
             if not self.permits(Call.RELEASE):
                 return
             await end_domain(self._slot, self.record.domain_uuid)
             await undefine(self._slot, self.record.domain_uuid)
+            await each((companion.released() for companion in self.companions), self.log)
             await self.change(state=RELEASED)
 
     async def abort(self, reason: str) -> None:
-        """Cancels the transfer and makes sure that the guest runs. Raises DeadlineError when QEMU does not let go."""
+        """Cancels the transfer and makes sure that the guest runs.
+
+        Raises DeadlineError when QEMU does not let go, and what a companion raises that could not be turned back; the
+        guest runs then.
+        """
         async with self.lock:
             if not self.permits(Call.ABORT):
                 return
             await self._end_transfer()
             was_held = self.state == HELD
+            turning_back = await self._turn_back()
             if await self._is_back() or not was_held:
                 changes = self._ended(ABORTED, reason)
                 await self._tidy()
+                if (error := await turning_back) is not None:
+                    raise error
                 await self.change(**changes)
             else:
                 await self.change(state=FAILED, message="the held copy is gone: its QEMU ended at the source")
@@ -169,55 +154,124 @@ class SourceHandoff(Handoff):
     def adopt(self) -> None:
         """Takes up what an earlier life of this agent began."""
         if self.state in COPYING_STATES:
-            self._ordered_at = time.monotonic() if self.state == SWITCHING else 0.0
-            self._held_back = self.state == READY
             self._own(self._rejoin())
 
     async def detach(self) -> None:
         """Ends the agent's work on it, for the agent's own end. QEMU goes on as it is."""
-        if self._job is not None:
-            self._job.cancel()
-            await asyncio.gather(self._job, return_exceptions=True)
+        for task in (self._job, self._beginning, self._pausing, self._turning_back):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         await self._breaker.close()
+
+    # What the way of transfer asks of it.
+
+    @property
+    def ordered_at(self) -> float:
+        """When the switch was ordered, by the monotonic clock; 0 when it was not."""
+        return self._ordered_at
+
+    @property
+    def is_paused(self) -> bool:
+        """QEMU has paused the guest and waits, or goes on to the end by itself."""
+        return self._paused
+
+    async def say_ready(self, *, ready: bool) -> None:
+        """READY instead of TRANSFERRING, or the other way round; any other state stays."""
+        before, after = (TRANSFERRING, READY) if ready else (READY, TRANSFERRING)
+        if self.state == before:
+            await self.change(state=after)
+
+    def stopping(self) -> None:
+        """The guest is being paused now: its deadline counts from here."""
+        self._stopping = True
+        self._stopped_s = time.time()
+        self._arm(self.record.switch_deadline_s)
+
+    def not_stopped(self) -> None:
+        """It was not paused after all."""
+        self._stopping, self._stopped_s = False, 0.0
+        self._breaker.disarm()
+
+    def may_continue(self) -> bool:
+        """The companions have done what follows the pause; a failure of theirs breaks the switch off."""
+        if not self.companions:
+            return True
+        if self._breaker.reason:
+            return False
+        if self._pausing is None:
+            self._pausing = asyncio.create_task(together(companion.paused() for companion in self.companions))
+            self._pausing.add_done_callback(lambda _: self._wake_up())
+        if not self._pausing.done() or self._pausing.cancelled():
+            return False
+        error = self._pausing.exception()
+        if error is not None:
+            self.break_off(str(error))
+        return error is None
+
+    def break_off(self, reason: str) -> None:
+        """Gives the transfer up: the guest runs on."""
+        if not self._breaker.reason:
+            self._breaker.break_off(reason)
+
+    def _on_break(self) -> None:
+        if self._pausing is not None:
+            self._start_back()
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        if self._events is not None:
+            self._events.wake()
 
     # The transfer, from its beginning to HELD or FAILED.
 
     def _own(self, work: Coroutine[None, None, None]) -> None:
         self._job = asyncio.create_task(work, name=f"source-{self.record.migration_id}")
 
-    async def _transfer(self, uri: str, begun: asyncio.Event) -> None:
+    async def _transfer(self, under_way: asyncio.Event) -> None:
         with self._slot.events(self.record.domain_uuid) as events:
             try:
-                if self.record.passes_on:
-                    await self._migration.pass_on(uri.removeprefix(CPR))
-                else:
-                    stream = self._breaker.stream = await Stream.connect(uri)
-                    await self._migration.begin(stream.fileno())
+                if not await self._begin_companions(under_way):
+                    return
+                self._breaker.stream = await self._way.begin(self.record.transfer_uri)
+                self._begun = True
             except HandoffError as error:
                 await self._fail(f"the transfer could not begin: {error.message}")
                 return
             finally:
-                begun.set()
+                under_way.set()
             await self._drive(events)
 
+    async def _begin_companions(self, under_way: asyncio.Event) -> bool:
+        """Whether the memory may follow: not after an abort."""
+        if not self.companions:
+            return True
+        self._beginning = asyncio.create_task(together(companion.begin() for companion in self.companions))
+        under_way.set()
+        await asyncio.wait({self._beginning})
+        if self._aborting:
+            self._over = True
+            return False
+        self._beginning.result()
+        return True
+
     async def _rejoin(self) -> None:
+        if self.state == TRANSFERRING and await self._never_began():
+            await self._transfer(asyncio.Event())
+            return
+        self._begun = True
         with self._slot.events(self.record.domain_uuid) as events:
-            if self.state == TRANSFERRING:
-                # Until this is known, the leader's repeated order waits for the lock.
-                async with self.lock:
-                    if await self._never_began():
-                        await self.change(state=PREPARED)
-                        return
-            elif self.state == SWITCHING:
+            if self.state == SWITCHING:
                 await self._find_pause()
+                await self._tell_ordered()
+                self._ordered_at = time.monotonic()
             await self._drive(events)
 
     async def _find_pause(self) -> None:
         """A guest that was paused for the switch has its deadline from now on."""
         with contextlib.suppress(HandoffError):
             if self.record.was_running and not await is_running(self._monitor):
-                self._stop_sent, self._stopped_s = True, time.time()
-                self._arm(self.record.switch_deadline_s)
+                self.stopping()
 
     async def _never_began(self) -> bool:
         """Whether the agent died between its own record and QEMU's `migrate`."""
@@ -256,9 +310,13 @@ class SourceHandoff(Handoff):
                 if self.record.passes_on and not self._over:
                     self._paused = True
                     self._arm(self.record.switch_deadline_s)
+                if self._ordered_at:
+                    self.may_continue()
             case MonitorEvent(event="RESUME"):
                 self._pause_over = (self._stopped_s, event.time_s)
                 self._stopped_s = 0.0
+                if self._pausing is not None:
+                    await self._turn_back()
             case MonitorEvent(event="MIGRATION"):
                 await self._act(MigrationStatus.parse(str(event.data.get("status"))))
             case LifecycleEvent(kind="stopped" | "crashed"):
@@ -274,28 +332,12 @@ class SourceHandoff(Handoff):
             await self._act(info.status)
         if self._over:
             return
-        if self._paused or self._stop_sent:
-            self._next_look_s = HELD_BACK_POLL_S
-        elif self.record.passes_on:
-            await self._await_receiver()
-        elif info.status is MigrationStatus.ACTIVE:
-            await self._judge(info)
+        if self._paused or self._stopping:
+            self._next_look_s = READY_POLL_S
         else:
-            self._next_look_s = ORDERED_POLL_S
+            self._next_look_s = await self._way.look(info)
         if self._ordered_at:
             await self._go()
-
-    async def _await_receiver(self) -> None:
-        self._next_look_s = GATED_POLL_S if self.state == TRANSFERRING else HELD_BACK_POLL_S
-        if self.state != TRANSFERRING:
-            return
-        try:
-            started = await self._receiver().is_started()
-        except HandoffError as error:
-            self._breaker.break_off(f"the new QEMU did not start: {error.message}")
-            return
-        if started:
-            await self.change(state=READY)
 
     async def _act(self, status: MigrationStatus) -> None:
         match status:
@@ -306,108 +348,57 @@ class SourceHandoff(Handoff):
             case MigrationStatus.FAILED | MigrationStatus.CANCELLED | MigrationStatus.NONE:
                 await self._on_broken()
 
-    async def _judge(self, info: MigrationInfo) -> None:
-        sample = self._meter.sample(info, full_speed=not self._held_back and not self._ordered_at)
-        settings = ConvergenceSettings(self.record.downtime_limit_ms)
-        self._samples = [*self._samples[-MAX_SAMPLES:], sample]
-        decision = decide(self._samples, settings)
-        self.progress = progress(info, sample, decision.reason)
-        if self._ordered_at:
-            self._next_look_s = ORDERED_POLL_S
-            await self._stop_if_little_is_left(info)
-        elif decision.action is Action.READY:
-            self._next_look_s = HELD_BACK_POLL_S
-            if not self._held_back:
-                await self._migration.hold()
-                self._held_back = True
-            if self.state == TRANSFERRING:
-                await self.change(state=READY)
-        else:
-            shortest_s = GATED_POLL_S if await self._migration.is_gated() else 0.0
-            self._next_look_s = max(next_look_s(sample, settings), shortest_s)
-            if self._held_back:
-                await self._migration.go_on()
-                self._held_back = False
-            if self.state == READY:
-                await self.change(state=TRANSFERRING)
-
     # The switch.
+
+    async def _order(self) -> None:
+        await self._tell_ordered()
+        self._ordered_at = time.monotonic()
+        if self._paused:
+            self._arm(self.record.switch_deadline_s)
+        await self._go()
+
+    async def _tell_ordered(self) -> None:
+        """The order reaches the companions before QEMU, while the guest runs."""
+        if self._stopping or self._paused:
+            return
+        try:
+            await together(companion.ordered() for companion in self.companions)
+        except HandoffError as error:
+            self.break_off(error.message)
 
     async def _go(self) -> None:
         """Does what is still missing of an ordered switch; called again until the guest is paused and sent."""
-        if self._over or self._continued:
+        if self._over or not self._begun or self._breaker.reason:
             return
-        if self.record.passes_on:
-            self._continued = True
-            self._accepted_s = time.time()
-            try:
-                await self._receiver().accept()
-            except HandoffError as error:
-                self._breaker.break_off(f"the new QEMU does not take the guest: {error.message}")
-            return
+        self._went_s = self._went_s or time.time()
         try:
-            if self._paused:
-                self._arm(self.record.switch_deadline_s)
-                self._continued = True
-                await self._migration.switch()
-            elif not self._allowed_ms:
-                if self._held_back:
-                    self._held_at = await self._migration.query()
-                await self._allow(max(1, int(self.record.downtime_limit_ms * FIRST_SHARE_OF_DOWNTIME)))
-            elif (
-                self._allowed_ms < self.record.downtime_limit_ms
-                and time.monotonic() - self._ordered_at > FULL_LIMIT_AFTER_S
-            ):
-                await self._allow(self.record.downtime_limit_ms)
+            await self._way.go()
         except HandoffError as error:
-            self._continued = False
             self._next_look_s = RETRY_S
             self.log.warning("switch", error=error.message)
-
-    async def _stop_if_little_is_left(self, info: MigrationInfo) -> None:
-        """Pauses the guest once what is left fits. QEMU looks for dirty pages all the time near the end of a pass."""
-        if self._stop_sent or not self._allowed_ms or not await self._migration.is_gated():
-            return
-        # It is held back for up to 100 ms after the order; a guest stopped before that would wait for it.
-        moves = (
-            self._held_at is None
-            or info.ram_transferred_bytes > self._held_at.ram_transferred_bytes + MOVES_BYTES
-            or info.iterations > self._held_at.iterations + MOVES_PASSES
-            or time.monotonic() - self._ordered_at > MOVES_AFTER_S
-        )
-        left_ms = 1000 * info.ram_remaining_bytes / max(self._meter.rate_bytes_per_s, 1.0)
-        if moves and left_ms <= self._allowed_ms:
-            self._stop_sent = True
-            self._stopped_s = time.time()
-            self._arm(self.record.switch_deadline_s)
-            try:
-                await self._migration.stop()
-            except QmpError:
-                self._stop_sent, self._stopped_s = False, 0.0
-                self._breaker.disarm()
-                raise
-
-    async def _allow(self, downtime_ms: int) -> None:
-        await self._migration.allow_pause(downtime_ms, self._meter.rate_bytes_per_s)
-        self._allowed_ms = downtime_ms
 
     async def _on_pause(self) -> None:
         if not self._paused:
             self._paused = True
             self._stopped_s = self._stopped_s or time.time()
+            self._arm(self.record.switch_deadline_s if self._ordered_at else UNORDERED_PAUSE_S)
             if not self._ordered_at:
-                self._arm(UNORDERED_PAUSE_S)
-                if self.state == TRANSFERRING:
-                    await self.change(state=READY)
+                await self.say_ready(ready=True)
         if self._ordered_at:
             await self._go()
 
     async def _on_completed(self) -> None:
+        if self._breaker.reason:
+            # Too late: the guest is being turned back, and nobody was told that it is held.
+            await self._on_broken()
+            return
+        if not self.may_continue():
+            return
         self._over = True
         self._breaker.disarm()
         held_s = time.time()
         # QEMU may have passed the guest on before its STOP is heard; it was not paused before this.
-        paused_s = self._stopped_s or self._accepted_s or held_s
+        paused_s = self._stopped_s or self._went_s or held_s
         await self.change(
             state=HELD, message="", paused_s=paused_s, paused_to_held_ms=max(0.0, 1000 * (held_s - paused_s))
         )
@@ -430,7 +421,7 @@ class SourceHandoff(Handoff):
 
     def _arm(self, limit_s: float) -> None:
         """A guest that its user had paused loses nothing by waiting."""
-        if self.record.was_running:
+        if self.record.was_running and not self._breaker.reason:
             self._breaker.arm(self._stopped_s, limit_s)
 
     async def _fail(self, message: str) -> None:
@@ -438,6 +429,8 @@ class SourceHandoff(Handoff):
         self._over = True
         self._breaker.cut()
         await self._breaker.close()
+        # What fails of it is logged, and done again by the abort that follows.
+        await self._turn_back()
         while True:
             try:
                 await self._is_back()
@@ -461,6 +454,8 @@ class SourceHandoff(Handoff):
             return
         self._aborting = True
         try:
+            if self._beginning is not None:
+                self._beginning.cancel()
             with contextlib.suppress(HandoffError):
                 await self._migration.cancel(CANCEL_TIMEOUT_S)
             done, _ = await asyncio.wait({self._job}, timeout=CANCEL_TIMEOUT_S)
@@ -474,6 +469,29 @@ class SourceHandoff(Handoff):
                 f"guest {self.record.domain_name}: its QEMU does not give the migration up; look at it with"
                 " virsh domstate, and try again"
             )
+
+    async def _turn_back(self) -> asyncio.Task[HandoffError | None]:
+        """Tells the companions that the guest runs here, and waits a moment for them; the task goes on if need be."""
+        turning_back = self._start_back()
+        await asyncio.wait({turning_back}, timeout=BACK_PATIENCE_S)
+        return turning_back
+
+    def _start_back(self) -> asyncio.Task[HandoffError | None]:
+        if self._turning_back is None or self._turning_back.done():
+            self._turning_back = asyncio.create_task(self._back())
+        return self._turning_back
+
+    async def _back(self) -> HandoffError | None:
+        for task in (self._beginning, self._pausing):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        self._pausing = None
+        try:
+            await each((companion.back() for companion in self.companions), self.log)
+        except HandoffError as error:
+            return error
+        return None
 
     async def _is_back(self) -> bool:
         """Makes sure that the guest runs if it ran before; tells whether it is still here. Raises as run_again does."""

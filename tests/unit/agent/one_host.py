@@ -1,0 +1,172 @@
+"""A guest that goes from one slot of its host to the other: two real libvirtds, one agent, QEMU 10."""
+
+import asyncio
+import contextlib
+import os
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import libvirt
+
+from handoff.agent.v1 import qemu_pb2 as pb
+from handoff_agent.arrival import Arrivals
+from handoff_agent.companions import Companions, NoCompanions
+from handoff_agent.convergence import ConvergenceSettings
+from handoff_agent.departure import Departures
+from handoff_agent.destination import Listener
+from handoff_agent.emulators import Emulators
+from handoff_agent.handoff_changes import HandoffChanges
+from handoff_agent.handoffs import Handoffs
+from handoff_agent.inventory import Inventory
+from handoff_agent.ledger import Ledger, TermGuard
+from handoff_agent.local_sockets import LocalSockets
+from handoff_agent.monitor import Monitor
+from handoff_agent.rules import (
+    ABORTED,
+    DESTINATION,
+    FAILED,
+    HELD,
+    PREPARED,
+    READY,
+    SOURCE,
+    TRANSFERRING,
+    Call,
+    State,
+)
+from handoff_agent.settings import AgentSettings, EmulatorSettings, SlotSettings
+from handoff_agent.slots import Hypervisor, Slot
+from handoff_agent.survey import Survey
+
+QEMU = f"{os.environ.get('HANDOFF_PREFIX', '/opt/handoff')}/qemu-10.0/bin/qemu-system-x86_64"
+UNIX, CPR = pb.TRANSFER_METHOD_UNIX, pb.TRANSFER_METHOD_CPR
+LIMITS = ConvergenceSettings(300)
+
+
+class Upgrade:
+    """One guest of one host, and the agent of both slots."""
+
+    def __init__(self, uris: tuple[str, str], directory: Path) -> None:
+        self.directory = directory
+        self.slots = {name: Slot(name, uri) for name, uri in zip("ab", uris, strict=True)}
+        new = directory / "new-qemu"
+        new.write_text(f'#!/bin/sh\nexec {QEMU} "$@"\n')
+        crash = directory / "crash-qemu"
+        crash.write_text(f'#!/bin/sh\ncase "$*" in *incoming*) exit 1;; esac\nexec {QEMU} "$@"\n')
+        for wrapper in (new, crash):
+            wrapper.chmod(0o755)
+        self.paths = {"old": QEMU, "new": str(new), "crash": str(crash)}
+        self.settings = AgentSettings(
+            name="h1",
+            migration_address="127.0.0.1",
+            memory_mib=1024,
+            slots={name: SlotSettings(uri=slot.uri) for name, slot in self.slots.items()},
+            emulators=tuple(EmulatorSettings(name=name, path=path) for name, path in self.paths.items()),
+        )
+        self.hypervisor = Hypervisor(list(self.slots.values()))
+        self.emulators = Emulators(self.settings.emulators)
+        self.id, self.guest = f"u-{uuid.uuid4().hex[:8]}", str(uuid.uuid4())
+        self.companions: Companions = NoCompanions()
+        self.handoffs: Handoffs
+
+    async def start(self) -> None:
+        inventory = Inventory(self.hypervisor, self.emulators, ())
+        survey = Survey(self.settings, self.hypervisor, self.emulators, inventory)
+        self.handoffs = Handoffs(
+            self.hypervisor,
+            Departures(self.hypervisor, inventory, survey, ()),
+            Arrivals(survey, self.emulators, "127.0.0.1"),
+            Listener("127.0.0.1", 49432, 49440),
+            LocalSockets(self.directory / "run", "root"),
+            Ledger(self.directory),
+            TermGuard(self.directory),
+            HandoffChanges(),
+            self.companions,
+        )
+        await self.handoffs.open()
+
+    async def restart(self) -> None:
+        await self.handoffs.close()
+        await self.start()
+
+    def define(self, connection: libvirt.virConnect, *, shared: bool = True) -> None:
+        backing = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>" if shared else ""
+        extra = "<qemu:arg value='-machine'/><qemu:arg value='aux-ram-share=on'/>" if shared else ""
+        domain = connection.defineXML(
+            f"""<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+            <name>g-{self.guest[:6]}</name><uuid>{self.guest}</uuid><memory unit='MiB'>128</memory>{backing}
+            <vcpu>1</vcpu><os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features><devices>
+            <emulator>{QEMU}</emulator></devices><qemu:commandline>{extra}</qemu:commandline></domain>"""
+        )
+        domain.setAutostart(1)
+        domain.create()
+
+    async def prepare(self, method: pb.TransferMethod.ValueType, emulator: str = "new") -> str:
+        _, guest = await self.handoffs.prepare_source(self.id, self.guest, validate_only=False, local=True)
+        if method == CPR:
+            assert list(guest.cpr_obstacles) == []
+        prepared = await self.handoffs.prepare_destination(
+            self.id, guest, "b", validate_only=False, method=method, emulator=emulator
+        )
+        return prepared.handoff.listen_uri
+
+    async def until(self, *states: State) -> pb.Handoff:
+        handoff = self.handoffs.get(self.id, SOURCE)
+        async with asyncio.timeout(30):
+            while True:
+                change = handoff.next_change()
+                if handoff.state in (*states, FAILED):
+                    return handoff.to_message()
+                await change.wait()
+
+    async def advance(self, method: pb.TransferMethod.ValueType, goal: State) -> None:
+        uri = await self.prepare(method)
+        if goal == PREPARED:
+            return
+        source = self.handoffs.source(self.id, Call.START_TRANSFER)
+        await source.start_transfer(uri, LIMITS, 0, 2.0)
+        if goal == TRANSFERRING:
+            return
+        ready = await self.until(READY)
+        assert ready.state == READY, ready.message
+        if goal == READY:
+            return
+        await source.switch_over()
+        if goal == HELD:
+            held = await self.until(HELD)
+            assert held.state == HELD, held.message
+
+    async def abort(self) -> None:
+        for role in (DESTINATION, SOURCE):
+            assert (await self.handoffs.abort(self.id, role, "the test says so")).state == ABORTED
+
+    async def status(self, slot: str) -> str:
+        return await Monitor(self.slots[slot], self.guest).query_status()
+
+    async def is_only_in(self, slot: str) -> None:
+        assert [each.name for each, _ in await self.hypervisor.list()] == [slot]
+        assert await self.status(slot) == "running"
+        sockets = self.directory / "run" / "handoffs"
+        assert not sockets.exists() or not list(sockets.iterdir())
+
+
+@contextlib.asynccontextmanager
+async def upgrading(uris: tuple[str, str], directory: Path) -> AsyncIterator[Upgrade]:
+    """An agent with a guest that runs in slot a."""
+    found = Upgrade(uris, directory)
+    async with found.hypervisor.running():
+        for slot in found.slots.values():
+            assert await slot.wait_connected(10)
+        await found.emulators.probe()
+        await found.start()
+        await found.slots["a"].call(found.define)
+        yield found
+        await found.handoffs.close()
+        for slot, domain in await found.hypervisor.list():
+            await slot.call(lambda _, domain=domain: remove(domain))
+
+
+def remove(domain: libvirt.virDomain) -> None:
+    for end in (domain.destroy, domain.undefine):
+        with contextlib.suppress(libvirt.libvirtError):
+            end()

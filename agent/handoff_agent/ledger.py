@@ -5,7 +5,6 @@ One file a handoff and role, replaced atomically and on disk before the call tha
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Final
 import structlog
 
 from handoff.agent.v1 import types_pb2
+from handoff_agent.files import replace_file
 from handoff_agent.local_sockets import CPR
 from handoff_agent.rules import FINAL_STATES, Role, State, role_name, state_name
 from handoff_common.errors import StaleTermError
@@ -46,6 +46,8 @@ class Record:
     switch_deadline_s: float = 0.0
     transfer_uri: str = ""
     """Source: where the guest is sent."""
+    tunnel_address: str = ""
+    """Tunnel endpoint of the destination, where the guest's frames go from the pause on."""
     started_s: float = 0.0
     paused_s: float = 0.0
     paused_to_held_ms: float = 0.0
@@ -82,7 +84,7 @@ class Ledger:
 
     def save(self, record: Record) -> None:
         """Writes a record; on return it is on disk."""
-        _replace(self._path(record), json.dumps(dataclasses.asdict(record), indent=1))
+        replace_file(self._path(record), json.dumps(dataclasses.asdict(record), indent=1))
 
     def remove(self, record: Record) -> None:
         """Forgets a handoff that was never begun."""
@@ -136,20 +138,6 @@ class TermGuard:
                 f" term {self.term} of controller {self.leader or 'without a name'}"
             )
         if fence.term > self.term:
-            _replace(self._path, json.dumps({"term": fence.term, "leader": fence.leader, "time": time.time()}))
+            replace_file(self._path, json.dumps({"term": fence.term, "leader": fence.leader, "time": time.time()}))
             self.term, self.leader = fence.term, fence.leader
             log.info("new term", term=self.term, leader=self.leader)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -94,8 +94,13 @@ class SourceHandoff(Handoff):
 
     # The leader's calls. Each holds the lock, and is repeatable.
 
-    async def start_transfer(self, uri: str, limits: ConvergenceSettings, bandwidth: int, deadline_s: float) -> None:
-        """Begins to send to `uri`; on return QEMU sends, or the handoff has FAILED, or its companions are at work."""
+    async def start_transfer(
+        self, uri: str, limits: ConvergenceSettings, bandwidth: int, deadline_s: float, tunnel_address: str = ""
+    ) -> None:
+        """Begins to send to `uri`; on return QEMU sends, or the handoff has FAILED, or its companions are at work.
+
+        `tunnel_address`: where the guest's frames go from the pause on, if the destination told.
+        """
         async with self.lock:
             if not self.permits(Call.START_TRANSFER):
                 return
@@ -105,6 +110,7 @@ class SourceHandoff(Handoff):
                 bandwidth_bytes_per_s=bandwidth,
                 switch_deadline_s=deadline_s,
                 transfer_uri=uri,
+                tunnel_address=tunnel_address,
                 started_s=time.time(),
             )
             self._set_out()

@@ -20,7 +20,9 @@ from handoff_controller.driver import Driver
 from handoff_controller.etcd.client import EtcdClient
 from handoff_controller.etcd.election import Leadership
 from handoff_controller.fleet import Fleet
-from handoff_controller.machine import FINAL, state_of
+from handoff_controller.machine import FINAL, State, state_of
+from handoff_controller.network import FabricView
+from handoff_controller.network_keeper import NetworkKeeper
 from handoff_controller.planner import Planner
 from handoff_controller.rollouts import Rollouts
 from handoff_controller.settings import ControllerSettings
@@ -34,6 +36,7 @@ PASSING = (ConflictError, UnavailableError, DeadlineError)
 ADOPT_EVERY_S = 5.0
 RETRY_S = 0.5
 RETRY_AFTER_BUG_S = 5.0
+ON_THE_WAY = frozenset({State.PREPARING, State.COPYING, State.SWITCHING, State.COMMITTED, State.FINISHING})
 
 
 class Conductor:
@@ -49,7 +52,9 @@ class Conductor:
         self._fence = Fence(term=leadership.term, leader=settings.name)
         self._planner = Planner(self._store, agents, self._fence)
         self._upgrades = UpgradePlanner(self._store, agents, self._fence)
-        self._fleet = Fleet(agents, self._store, Settler(self._store, self._fence, self._is_driven))
+        self._network = NetworkKeeper(agents, self._store, self._fence, FabricView(settings.static_ports), self._moving)
+        settler = Settler(self._store, self._fence, self._is_driven)
+        self._fleet = Fleet(agents, self._store, settler, self._network.look_again)
         self.rollouts = Rollouts(self._store, agents, self.create)
         self._drivers: dict[str, Driver] = {}
         self._admitted: dict[str, asyncio.Event] = {}
@@ -64,6 +69,7 @@ class Conductor:
                 await self._adopt_all()
                 self._group.create_task(self._keep_adopting(), name="adoption")
                 self._group.create_task(self.rollouts.run(), name="rollouts")
+                self._group.create_task(self._network.run(), name="network")
                 await self._fleet.run()
         except BaseExceptionGroup as group:
             stale, others = group.split(StaleTermError)
@@ -154,6 +160,11 @@ class Conductor:
     def _is_driven(self, migration_id: str) -> bool:
         return migration_id in self._drivers
 
+    def _moving(self) -> dict[str, Migration]:
+        """The migrations whose guests may be on their way, by the guest's UUID."""
+        migrations = (driver.migration for driver in self._drivers.values())
+        return {each.guest_uuid: each for each in migrations if state_of(each) in ON_THE_WAY}
+
     def _start(self, migration: Migration) -> None:
         if migration.id in self._drivers:  # adopted while its creator waited for etcd's answer
             return
@@ -169,6 +180,7 @@ class Conductor:
             self._agents[migration.destination.host],
             self._fence,
             self._admitted[migration.id],
+            self._network,
         )
 
     async def _drive(self, migration_id: str) -> None:

@@ -32,6 +32,9 @@ FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
 PROGRESS_INTERVAL_S = 1.0
 
+# The guest waits meanwhile; who has to know is told in FINISHING.
+IN_THE_PAUSE = frozenset({State.SWITCHING, State.COMMITTED})
+
 TRANSIENT = (UnavailableError, DeadlineError)
 SOURCE = HandoffRole.HANDOFF_ROLE_SOURCE
 DESTINATION = HandoffRole.HANDOFF_ROLE_DESTINATION
@@ -46,6 +49,16 @@ class Records(Protocol):
 
     async def put_progress(self, migration_id: str, progress: TransferProgress) -> None:
         """Publishes a reading of the copy; it may be lost."""
+
+
+class Peers(Protocol):
+    """All hosts, as far as they send frames to guests; see network_keeper.py."""
+
+    def look_again(self) -> None:
+        """Where guests are, or are about to be, may have changed."""
+
+    async def point(self) -> str:
+        """Tells all hosts where guests are. Returns which have not heard it. Raises as the store does."""
 
 
 class StepFailed(Exception):  # noqa: N818 - an outcome, not an error of the program
@@ -71,14 +84,17 @@ class Driver:
         destination: Agent,
         fence: Fence,
         admitted: asyncio.Event,
+        peers: Peers | None = None,
     ) -> None:
-        """`admitted` is set once the migration may begin."""
+        """`admitted` is set once the migration may begin. Without `peers`, nobody is told where the guest is."""
         self.migration = migration
         self._records = records
         self._source = source
         self._destination = destination
         self._fence = fence
         self._admitted = admitted
+        self._peers = peers
+        self._peers_pointed = asyncio.Event()
         self._cancelled = asyncio.Event()
         if migration.cancel_requested:
             self._cancelled.set()
@@ -133,6 +149,8 @@ class Driver:
             self._committed_at = asyncio.get_running_loop().time()
             if self._held_at is not None:
                 self.migration.outcome.held_to_committed_ms = 1000 * (self._committed_at - self._held_at)
+        if self._peers is not None and state not in IN_THE_PAUSE:
+            self._peers.look_again()
         self._log.info("state", state=state.name, reason=work.reason)
 
     async def _perform(self, state: State) -> Work:
@@ -184,6 +202,7 @@ class Driver:
             Step.SWITCH_OVER: self._switch_over,
             Step.AWAIT_HELD: self._await_held,
             Step.ACTIVATE: self._activate,
+            Step.POINT_PEERS: self._point_peers,
             Step.RELEASE_SOURCE: self._release_source,
             Step.FINALIZE_DESTINATION: self._finalize_destination,
             Step.ABORT_SOURCE: self._abort_source,
@@ -243,6 +262,7 @@ class Driver:
         if handoff.state == HandoffState.HANDOFF_STATE_FAILED:
             raise StepFailed(f"{self.migration.destination.host}: {handoff.message}")
         self.migration.listen_uri = handoff.listen_uri
+        self.migration.destination_tunnel_address = handoff.tunnel_address
 
     async def _listening(self) -> Handoff:
         """PrepareDestination. An agent that was restarted in the middle of it has first to undo what it began."""
@@ -266,7 +286,13 @@ class Driver:
             switch_deadline=options.switch_deadline,
         )
         await self._insist(
-            lambda: self._source.start_transfer(self._fence, self.migration.id, self.migration.listen_uri, limits),
+            lambda: self._source.start_transfer(
+                self._fence,
+                self.migration.id,
+                self.migration.listen_uri,
+                limits,
+                self.migration.destination_tunnel_address,
+            ),
             PATIENCE_S[State.COPYING],
         )
 
@@ -393,7 +419,19 @@ class Driver:
                 running_ns = handoff.activate_timings.running_time.ToNanoseconds()
                 outcome.downtime_ms = max(0.0, (running_ns - outcome.paused_time.ToNanoseconds()) / 1e6)
 
+    async def _point_peers(self) -> None:
+        """Tells all hosts where the guest is now. Its source has sent its frames on so far, and does until released."""
+        try:
+            missing = "" if self._peers is None else await self._peers.point()
+        except HandoffError as error:
+            missing = error.message
+        finally:
+            self._peers_pointed.set()
+        if missing:
+            self._warn(f"not told yet where the guest is: {missing}. It is done as soon as possible")
+
     async def _release_source(self) -> None:
+        await self._peers_pointed.wait()
         released = await self._try(
             "release", self.migration.source.host, lambda: self._source.release_source(self._fence, self.migration.id)
         )

@@ -138,7 +138,8 @@ class OpenFlowConnection:
     async def _answer(self, xid: int, sent: bytes) -> bytes:
         if self._lost is not None:
             raise self._lost
-        answer = self._answers[xid] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._answers[xid] = answer
         try:
             self._writer.write(sent)
             async with asyncio.timeout(ANSWER_TIMEOUT_S):

@@ -17,6 +17,7 @@ with a VLAN tag that only its new tap takes: the other taps at the destination h
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import Final, TypeAlias
 
@@ -24,6 +25,7 @@ from handoff_agent.network.flow import (
     BROADCAST,
     ETH_ARP,
     ETH_IPV4,
+    ETH_IPV6,
     ETH_RARP,
     GROUP_BIT,
     IN_PORT,
@@ -106,46 +108,36 @@ class Port:
         return bool(self.senders) or self.from_tunnels is not None or self.marked is not None
 
 
-def flows(ports: Sequence[Port], tunnel_port: int | None) -> frozenset[Flow]:
-    """All flows for these ports. `tunnel_port`: OpenFlow number of the port to the other hosts, if there is one.
-
-    Tenants that have nothing here get none.
-    """
-    tenants: dict[int, list[Port]] = {}
-    for port in ports:
-        tenants.setdefault(port.tunnel, []).append(port)
-    found: set[Flow] = set()
-    for tunnel, members in tenants.items():
-        found.update(tenant_flows(tunnel, members, tunnel_port))
-    if found:
-        found.update(_common(tunnel_port))
-    return frozenset(found)
+def common_flows(tunnel_port: int | None) -> frozenset[Flow]:
+    """What all tenants share. `tunnel_port`: OpenFlow number of the port to the other hosts, if there is one."""
+    # So that what is dropped is counted.
+    dropped = {Flow(table, 0, ()) for table in (GUARD, FROM_PORTS, FROM_TUNNELS)}
+    if tunnel_port is not None:
+        dropped.add(Flow(CLASSIFIER, OTHERS_PRIORITY, (Is(Field.IN_PORT, tunnel_port),)))
+    return frozenset({*dropped, Flow(ARP, 0, (), (Goto(FROM_PORTS),))})
 
 
-def tenant_flows(tunnel: int, members: Sequence[Port], tunnel_port: int | None) -> Iterator[Flow]:
-    """The flows of one tenant; none when it has nothing here."""
+def tenant_flows(members: Sequence[Port], tunnel_port: int | None) -> frozenset[Flow]:
+    """The flows for all ports of one tenant; none when it has nothing here."""
     if not any(port.present for port in members):
-        return
+        return frozenset()
+    tunnel = members[0].tunnel
+    found = set(_flood(tunnel, members, tunnel_port))
     if tunnel_port is not None:
         match = (Is(Field.IN_PORT, tunnel_port), Is(Field.TUNNEL_ID, tunnel))
-        yield Flow(CLASSIFIER, CLASSIFIER_PRIORITY, match, (Goto(FROM_TUNNELS),))
-    for port in members:
-        yield from chain(_guard(port), _answers(port), _delivery(port, tunnel_port))
-    yield from _flood(tunnel, members, tunnel_port)
+        found.add(Flow(CLASSIFIER, CLASSIFIER_PRIORITY, match, (Goto(FROM_TUNNELS),)))
+    return frozenset(found.union(*(_port_flows(port, tunnel_port) for port in members)))
+
+
+@lru_cache(maxsize=1 << 16)
+def _port_flows(port: Port, tunnel_port: int | None) -> frozenset[Flow]:
+    """Cached: of a large tenant, one port changes at a time, and a guest may wait for it."""
+    return frozenset(chain(_guard(port), _answers(port), _delivery(port, tunnel_port)))
 
 
 def mark(mac: str) -> int:
     """The VLAN id of marked copies for a guest."""
     return 1 + zlib.crc32(mac_number(mac).to_bytes(6)) % _TAGS
-
-
-def _common(tunnel_port: int | None) -> Iterator[Flow]:
-    if tunnel_port is not None:
-        yield Flow(CLASSIFIER, OTHERS_PRIORITY, (Is(Field.IN_PORT, tunnel_port),))
-    yield Flow(ARP, 0, (), (Goto(FROM_PORTS),))
-    # So that what is dropped is counted.
-    for table in (GUARD, FROM_PORTS, FROM_TUNNELS):
-        yield Flow(table, 0, ())
 
 
 def _guard(port: Port) -> Iterator[Flow]:
@@ -177,10 +169,7 @@ def _permitted_ip(port: Port) -> Iterator[Match]:
         to_dhcp = (Is(Field.IP_PROTO, _UDP), Is(Field.UDP_SRC, _DHCP_CLIENT), Is(Field.UDP_DST, _DHCP_SERVER))
         yield (ipv4, Is(Field.IPV4_SRC, 0), *to_dhcp)
     else:
-        yield from ((Is(Field.ETH_TYPE, kind),) for kind in (ETH_IPV4, _ETH_IPV6))
-
-
-_ETH_IPV6: Final = 0x86DD
+        yield from ((Is(Field.ETH_TYPE, kind),) for kind in (ETH_IPV4, ETH_IPV6))
 
 
 def _answers(port: Port) -> Iterator[Flow]:

@@ -1,23 +1,25 @@
 """How a host treats a tenant's port: where it is by the record, and what a handoff makes of that here. Pure.
 
-    recorded at  handoff here      may send     frames of ports  out of tunnels  group frames
-    here         none              tap          tap              tap             tap
-    here         leaves (paused)   tap          D                relayed to D    marked copies to D
-    here         leaves for slot   both taps    new tap          new tap         new tap
-    S            comes             new tap      S                new tap         marked copies to new tap
-    D            left (released?)  tap          D                relayed to D    -
-    elsewhere    none              -            tunnel           -               -
+    recorded at  handoff here        may send     frames of ports  out of tunnels  group frames
+    here         none                tap          tap              tap             tap
+    here         leaves, paused      tap          D                relayed to D    marked copies to D
+    here         other slot, before  both taps    tap              tap             tap
+    here         other slot, paused  both taps    new tap          new tap         new tap
+    S            comes               new tap      S                new tap         marked copies to new tap
+    D            left                tap          D                relayed to D    -
+    elsewhere    none                -            tunnel           -               -
 
-The last row but one is what carries late senders until all have been told.
+The last row but one carries what late senders send until the held copy is destroyed.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, TypeAlias
+from typing import Final
 
 from handoff_agent.network.pipeline import Port, Tap, Tunnel
 
 HERE: Final = ""
+"""The tunnel endpoint of this host itself."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -36,102 +38,63 @@ class Attachment:
     addresses: tuple[str, ...] = ()
     any_source: bool = False
     location: str = HERE
-    """Tunnel endpoint of the host that it is on; HERE for this one."""
-    arriving: str = ""
-    """Tunnel endpoint of the host that it is on its way to, if another one."""
+    """Tunnel endpoint of the host that it is on."""
+    arriving: str = HERE
+    """Tunnel endpoint of another host that it is on its way to."""
     domain_uuid: str = ""
     """The guest; empty for a port that is none."""
     name: str = ""
-    """Of the guest, or of the interface when it is none."""
+    """Of the guest; of its interface on the bridge when it is none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Coming:
-    """A guest that comes to this host: its new taps wait for it."""
+class Situation:
+    """What this host knows of one port beside its record. Taps are those that the bridge has."""
 
-    taps: Mapping[Key, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Leaving:
-    """A guest that leaves this host, from when it is paused on."""
-
-    destination: str
-    """Tunnel endpoint; HERE when it only changes its slot (there is a Coming, too)."""
+    tap: Tap | None = None
+    new_tap: Tap | None = None
+    """Of a guest that comes, to this host or to its other slot."""
+    leaves_for: str | None = None
+    """The guest is paused here, or was: tunnel endpoint of its destination, HERE for the other slot."""
 
 
-Names: TypeAlias = Mapping[Key, str]
-"""The interfaces of ports that are here."""
-Numbers: TypeAlias = Mapping[str, int]
-"""OpenFlow numbers of the interfaces of the bridge."""
+NOTHING_KNOWN: Final = Situation()
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """What a host knows of the tenants' ports."""
-
-    attachments: Mapping[Key, Attachment]
-    taps: Names
-    numbers: Numbers
-    coming: Sequence[Coming] = ()
-    leaving: Mapping[Key, Leaving] | None = None
-
-
-def treat(view: View) -> tuple[Port, ...]:
-    """All ports as this host treats them now, sorted."""
-    new_taps = {key: name for coming in view.coming for key, name in coming.taps.items()}
-    leaving = view.leaving or {}
-    return tuple(
-        _treat(
-            attachment,
-            _tap(view.taps.get(key), view.numbers),
-            _tap(new_taps.get(key), view.numbers),
-            leaving.get(key),
-        )
-        for key, attachment in sorted(view.attachments.items())
-    )
-
-
-def _treat(attachment: Attachment, tap: Tap | None, new_tap: Tap | None, leaving: Leaving | None) -> Port:
+def treat(attachment: Attachment, situation: Situation) -> Port:
+    """The port as this host treats it now."""
+    tap, new_tap, leaves_for = situation.tap, situation.new_tap, situation.leaves_for
+    is_here = attachment.location == HERE
+    senders = {each.ofport for each in (tap, new_tap) if each is not None}
     port = Port(
         mac=attachment.key.mac,
         tunnel=attachment.key.tunnel,
         addresses=attachment.addresses,
         any_source=attachment.any_source,
-        senders=_senders(tap, new_tap),
+        senders=tuple(sorted(senders)),
         arriving=attachment.arriving,
     )
-    is_here = attachment.location == HERE
-    match leaving:
-        case Leaving(destination=""):
-            return replace(port, place=new_tap, from_tunnels=new_tap, groups=new_tap)
-        case Leaving(destination=destination) if is_here:
-            there = Tunnel(destination)
+    if leaves_for == HERE or (is_here and leaves_for is None):
+        to = (new_tap or tap) if leaves_for == HERE else (tap or new_tap)
+        return replace(port, place=to, from_tunnels=to, groups=to)
+    if leaves_for is not None:
+        there = Tunnel(leaves_for)
+        if is_here:
             return replace(port, place=there, from_tunnels=there, groups=there)
-        case Leaving(destination=destination):
-            return replace(port, place=Tunnel(attachment.location), from_tunnels=Tunnel(destination))
-    if is_here:
-        return replace(port, place=tap, from_tunnels=tap, groups=tap)
+        return replace(port, place=Tunnel(attachment.location), from_tunnels=there)
+    if new_tap is None:
+        return replace(port, place=Tunnel(attachment.location), senders=())
     return replace(port, place=Tunnel(attachment.location), from_tunnels=new_tap, marked=new_tap)
 
 
-def _senders(*taps: Tap | None) -> tuple[int, ...]:
-    return tuple(sorted({tap.ofport for tap in taps if tap is not None}))
+def names(attachment: Attachment, candidates: Sequence[str], bound: str, *, comes: bool) -> tuple[str, str]:
+    """Which of the guest's interfaces on this bridge is its tap, and which its new one; "" for neither.
 
-
-def _tap(name: str | None, numbers: Numbers) -> Tap | None:
-    number = numbers.get(name) if name else None
-    return None if number is None else Tap(number)
-
-
-def conflicting(attachments: Iterable[Attachment]) -> str:
-    """Why these can't be the ports of one fabric; empty when they can."""
-    seen: dict[Key, Attachment] = {}
-    holders: dict[tuple[int, str], Attachment] = {}
-    for each in attachments:
-        if (other := seen.setdefault(each.key, each)) is not each:
-            return f"{each.name} and {other.name} both have MAC {each.key.mac} in network {each.key.tunnel}"
-        for address in each.addresses:
-            if (other := holders.setdefault((each.key.tunnel, address), each)) is not each:
-                return f"{each.name} and {other.name} both have address {address} in network {each.key.tunnel}"
-    return ""
+    In an upgrade the guest has two with the same MAC: the one that was there before is the old one. `candidates`: the
+    interfaces that were plugged in for this MAC of the guest; `bound`: the tap as known so far.
+    """
+    if not attachment.domain_uuid:
+        return (attachment.name if attachment.location == HERE else ""), ""
+    tap = bound if bound in candidates else ""
+    other = next((name for name in reversed(candidates) if name != tap), "")
+    return (tap, other) if comes else (tap or other, "")

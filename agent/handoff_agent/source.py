@@ -51,6 +51,7 @@ UNORDERED_PAUSE_S: Final = 0.5
 ASK_AGAIN_S: Final = 5.0
 # How long a guest that is to run again waits, at the most, for what was turned back before it.
 BACK_PATIENCE_S: Final = 0.5
+BEFORE_STOP_TIMEOUT_S: Final = 0.5
 
 
 class SourceHandoff(Handoff):
@@ -74,6 +75,7 @@ class SourceHandoff(Handoff):
         self._begun = False
         self._ordered_at = 0.0
         self._went_s = 0.0
+        self._is_near_stop = False
         self._stopping = False
         self._stopped_s = 0.0
         self._pause_over = (0.0, 0.0)
@@ -188,6 +190,20 @@ class SourceHandoff(Handoff):
         if self.state == before:
             await self.change(state=after)
 
+    async def before_stop(self) -> bool:
+        """Does what comes right before the guest is stopped. False: don't stop it, the switch is broken off."""
+        if not self.companions:
+            return True
+        self._is_near_stop = True
+        try:
+            async with asyncio.timeout(BEFORE_STOP_TIMEOUT_S):
+                await together(companion.pausing() for companion in self.companions)
+        except HandoffError as error:
+            self.break_off(error.message)
+        except TimeoutError:
+            self.break_off(f"what comes before the pause took more than {BEFORE_STOP_TIMEOUT_S:g} s")
+        return not self._breaker.reason
+
     def stopping(self) -> None:
         """The guest is being paused now: its deadline counts from here."""
         self._stopping = True
@@ -221,7 +237,7 @@ class SourceHandoff(Handoff):
             self._breaker.break_off(reason)
 
     def _on_break(self) -> None:
-        if self._pausing is not None:
+        if self._pausing is not None or self._is_near_stop:
             self._start_back()
         self._wake_up()
 
@@ -321,7 +337,7 @@ class SourceHandoff(Handoff):
             case MonitorEvent(event="RESUME"):
                 self._pause_over = (self._stopped_s, event.time_s)
                 self._stopped_s = 0.0
-                if self._pausing is not None:
+                if self._pausing is not None or self._is_near_stop:
                     await self._turn_back()
             case MonitorEvent(event="MIGRATION"):
                 await self._act(MigrationStatus.parse(str(event.data.get("status"))))
@@ -492,7 +508,7 @@ class SourceHandoff(Handoff):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        self._pausing = None
+        self._pausing, self._is_near_stop = None, False
         try:
             await each((companion.back() for companion in self.companions), self.log)
         except HandoffError as error:

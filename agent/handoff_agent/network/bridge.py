@@ -5,14 +5,14 @@ Flows are known by their cookies, which are digests of them: what the switch has
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
 import structlog
 
 from handoff_agent.network.connection import OpenFlowConnection
-from handoff_agent.network.flow import Flow
+from handoff_agent.network.flow import Flow, Output, SetField
 from handoff_agent.network.openflow import PortDescription, cookie
 from handoff_common.errors import HandoffError, PreconditionError, UnavailableError
 
@@ -96,6 +96,11 @@ class Bridge:
             if self._connection is None:
                 raise UnavailableError(f"no connection to the bridge at {self._path}: {self.message}")
             await self._put(self._connection, self._wishes.wanted(tunnels))
+
+    def send(self, actions: Sequence[SetField | Output], frame: bytes) -> None:
+        """Sends a frame of our own, if there is a connection."""
+        if self._connection is not None:
+            self._connection.send(actions, frame)
 
     async def _put(self, connection: OpenFlowConnection, wanted: Flows) -> None:
         before = _all(self._installed.get(tunnel, frozenset()) for tunnel in wanted)

@@ -33,13 +33,21 @@ class LeavingPorts(SourceCompanion):
         self._network = network
         self._handoff = handoff
 
-    async def paused(self) -> None:
-        """Its frames go to its destination; nothing happens when that manages no flows."""
+    async def begin(self) -> None:
+        """The way to its destination is tried before it is needed."""
         record = self._handoff.record
-        if is_local(record.transfer_uri):
-            await self._network.leave(record.domain_uuid, HERE)
-        elif record.tunnel_address:
-            await self._network.leave(record.domain_uuid, record.tunnel_address)
+        if (destination := self._destination()) is not None:
+            self._network.explore(record.domain_uuid, [destination])
+
+    async def pausing(self) -> None:
+        """Its frames go to its destination; nothing happens when that manages no flows."""
+        if (destination := self._destination()) is not None:
+            await self._network.redirect(self._handoff.record.domain_uuid, destination)
+
+    async def paused(self) -> None:
+        """As before the pause, if there was a moment before it; and so it stays, whatever becomes of the agent."""
+        if (destination := self._destination()) is not None:
+            await self._network.leave(self._handoff.record.domain_uuid, destination)
 
     async def back(self) -> None:
         """They are its own again."""
@@ -48,6 +56,10 @@ class LeavingPorts(SourceCompanion):
     async def released(self) -> None:
         """They are no more business of this host."""
         await self._network.gone(self._handoff.record.domain_uuid)
+
+    def _destination(self) -> str | None:
+        record = self._handoff.record
+        return HERE if is_local(record.transfer_uri) else (record.tunnel_address or None)
 
 
 class ComingPorts(DestinationCompanion):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from handoff_agent.network import openflow
-from handoff_agent.network.flow import Flow
+from handoff_agent.network.flow import Flow, Output, SetField
 from handoff_agent.network.openflow import Bundle, Failure, PortDescription, Type
 from handoff_common.errors import DeadlineError, HandoffError, PreconditionError, UnavailableError
 
@@ -125,6 +125,10 @@ class OpenFlowConnection:
             raise PreconditionError(f"Open vSwitch refused {len(refused)} of {len(xids)} changes: {refused[0]}")
         commit = next(self._xids)
         await self._answer(commit, openflow.bundle_control(commit, bundle, Bundle.COMMIT))
+
+    def send(self, actions: Sequence[SetField | Output], frame: bytes) -> None:
+        """Sends a frame of our own, without an answer."""
+        self._writer.write(openflow.packet_out(next(self._xids), actions, frame))
 
     async def _multipart(self, ask: Callable[[int], bytes]) -> list[bytes]:
         xid = next(self._xids)

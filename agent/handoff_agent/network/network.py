@@ -18,7 +18,7 @@ import structlog
 from handoff_agent.network import plumbing
 from handoff_agent.network.bridge import Bridge, Flows
 from handoff_agent.network.knowledge import Moves, Store, Told
-from handoff_agent.network.pipeline import Port, Tap, Tunnel, common_flows, tenant_flows
+from handoff_agent.network.pipeline import NOBODYS_FRAME, Port, Tap, Tunnel, common_flows, scout, tenant_flows
 from handoff_agent.network.treatment import HERE, Attachment, Key, Situation, names, treat
 from handoff_agent.ovs_ports import GuestPort, OvsPorts
 from handoff_agent.settings import NetworkSettings
@@ -124,14 +124,32 @@ class Network:
                 f" within {TAPS_TIMEOUT_S:g} s: {self.bridge.message or 'is it plugged in elsewhere?'}"
             ) from None
         await self.bridge.put({each.key.tunnel for each in ports})
+        tunnels = {each.key.tunnel for each in ports}
+        neighbours = (each.location for tunnel in tunnels for each in self._tenants[tunnel].values())
+        self.explore(uuid, neighbours)
 
-    async def leave(self, uuid: str, destination: str) -> None:
-        """A guest is paused here: from now on its frames go to the tunnel endpoint of its destination.
+    def explore(self, uuid: str, addresses: Iterable[str]) -> None:
+        """Sends something nobody takes to these tunnel endpoints, so that the first frame of the guest that goes there
+        does not wait for, or get lost in, the look for their MAC addresses.
+        """
+        tunnel_port = self.bridge.numbers.get(self.settings.tunnel_port)
+        if tunnel_port is None:
+            return
+        for tunnel in self._tunnels_of(uuid):
+            for address in sorted(set(addresses) - {HERE}):
+                self.bridge.send(scout(tunnel, address, tunnel_port), NOBODYS_FRAME)
+
+    async def redirect(self, uuid: str, destination: str) -> None:
+        """A guest is about to be paused here: from now on its frames go to the tunnel endpoint of its destination.
 
         `destination`: HERE when it only changes its slot. Raises as Bridge.put does.
         """
         self._leaving[uuid] = destination
         await self.bridge.put(self._tunnels_of(uuid))
+
+    async def leave(self, uuid: str, destination: str) -> None:
+        """It is paused; as `redirect`, and known to the agent's next life, too."""
+        await self.redirect(uuid, destination)
         await self._save_moves()
 
     async def stay(self, uuid: str) -> None:

@@ -32,6 +32,7 @@ COOKIE_OWNER_MASK: Final = 0xFFFF << 48
 COOKIE_ALL: Final = 0xFFFFFFFFFFFFFFFF
 
 _ANY: Final = 0xFFFFFFFF
+_FROM_CONTROLLER: Final = 0xFFFFFFFD
 _ALL_TABLES: Final = 0xFF
 _NO_BUFFER: Final = 0xFFFFFFFF
 _FLOW_MOD: Final = struct.Struct("!QQBBHHHIIIHH")
@@ -50,6 +51,7 @@ class Type(IntEnum):
     ECHO_REPLY = 3
     SET_CONFIG = 9
     PORT_STATUS = 12
+    PACKET_OUT = 13
     FLOW_MOD = 14
     MULTIPART_REQUEST = 18
     MULTIPART_REPLY = 19
@@ -126,6 +128,13 @@ def delete_flows(xid: int, flow_cookie: int, mask: int = COOKIE_ALL) -> bytes:
     """Deletes the flows with this cookie, in all tables."""
     fixed = _FLOW_MOD.pack(flow_cookie, mask, _ALL_TABLES, 3, 0, 0, 0, _NO_BUFFER, _ANY, _ANY, 0, 0)
     return message(Type.FLOW_MOD, xid, fixed + _match(()))
+
+
+def packet_out(xid: int, actions: Sequence[SetField | Output], frame: bytes) -> bytes:
+    """Sends a frame of our own."""
+    encoded = b"".join(map(_action, actions))
+    fixed = struct.pack("!IIH6x", _NO_BUFFER, _FROM_CONTROLLER, len(encoded))
+    return message(Type.PACKET_OUT, xid, fixed + encoded + frame)
 
 
 def ask_flows(xid: int) -> bytes:

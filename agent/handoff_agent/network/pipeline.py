@@ -56,6 +56,9 @@ CLASSIFIER_PRIORITY: Final = 64000
 OTHERS_PRIORITY: Final = CLASSIFIER_PRIORITY - 1
 _SPECIAL, _USUAL, _LAST = 300, 200, 100
 
+# To a MAC that no port has, of the type for local experiments (IEEE 802): the other host drops it.
+NOBODYS_FRAME: Final = bytes.fromhex("02000000000002000000000188b5").ljust(60, b"\0")
+
 _UDP: Final = 17
 _DHCP_CLIENT, _DHCP_SERVER = 68, 67
 _REQUEST, _REPLY = 1, 2
@@ -133,6 +136,15 @@ def tenant_flows(members: Sequence[Port], tunnel_port: int | None) -> frozenset[
 def _port_flows(port: Port, tunnel_port: int | None) -> frozenset[Flow]:
     """Cached: of a large tenant, one port changes at a time, and a guest may wait for it."""
     return frozenset(chain(_guard(port), _answers(port), _delivery(port, tunnel_port)))
+
+
+def scout(tunnel: int, address: str, tunnel_port: int) -> tuple[SetField | Output, ...]:
+    """What is done with a frame that only tries the way to another host."""
+    return (
+        SetField(Field.TUNNEL_ID, tunnel),
+        SetField(Field.TUNNEL_DST, ip_number(address)),
+        Output(tunnel_port),
+    )
 
 
 def mark(mac: str) -> int:

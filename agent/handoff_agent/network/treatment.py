@@ -97,4 +97,7 @@ def names(attachment: Attachment, candidates: Sequence[str], bound: str, *, come
         return (attachment.name if attachment.location == HERE else ""), ""
     tap = bound if bound in candidates else ""
     other = next((name for name in reversed(candidates) if name != tap), "")
-    return (tap, other) if comes else (tap or other, "")
+    if comes:
+        return tap, other
+    # A tap of a guest that is elsewhere is of one that comes, of which we have not been told yet.
+    return tap or (other if attachment.location == HERE else ""), ""

@@ -245,9 +245,14 @@ def _flood(tunnel: int, members: Sequence[Port], tunnel_port: int | None) -> Ite
         for address in sorted(others):
             to_others += [SetField(Field.TUNNEL_DST, ip_number(address)), Output(tunnel_port)]
     yield Flow(FROM_PORTS, _LAST, group, (*to_taps, *to_others, *_marked_copies(members, tunnel_port)))
-    yield Flow(
-        FROM_TUNNELS, _LAST, group, (*to_taps, *_marked_copies(members, None if tunnel_port is None else IN_PORT))
-    )
+    back = None if tunnel_port is None else IN_PORT
+    yield Flow(FROM_TUNNELS, _LAST, group, (*to_taps, *_marked_copies(members, back)))
+    for port in members:
+        if isinstance(port.groups, Tunnel):
+            # It runs there already: what it sends must not come back to it.
+            others_copies = _marked_copies([each for each in members if each != port], back)
+            from_it = (*group, Is(Field.ETH_SRC, mac_number(port.mac)))
+            yield Flow(FROM_TUNNELS, _LAST + 1, from_it, (*to_taps, *others_copies))
 
 
 def _marked_copies(members: Sequence[Port], tunnel_port: int | None) -> Iterator[Action]:

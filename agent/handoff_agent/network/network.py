@@ -7,6 +7,7 @@ bridge is there again.
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import structlog
 
 from handoff_agent.network import plumbing
 from handoff_agent.network.bridge import Bridge, Flows
+from handoff_agent.network.flow import Output
 from handoff_agent.network.knowledge import Moves, Store, Told
 from handoff_agent.network.pipeline import NOBODYS_FRAME, Port, Tap, Tunnel, common_flows, scout, tenant_flows
 from handoff_agent.network.treatment import HERE, Attachment, Key, Situation, names, treat
@@ -108,7 +110,9 @@ class Network:
     async def expect(self, uuid: str, ports: Sequence[Attachment]) -> None:
         """A guest comes, and its taps are plugged: frames that its source sends on will wait in them.
 
-        Raises DeadlineError when they don't appear on the bridge, UnavailableError without a bridge.
+        Each gets a frame that is nobody's first: of a guest that does not run yet, QEMU reads one frame, and loses it
+        when the guest runs. Raises DeadlineError when they don't appear on the bridge, UnavailableError without a
+        bridge.
         """
         if not ports:
             return
@@ -127,6 +131,9 @@ class Network:
         tunnels = {each.key.tunnel for each in ports}
         neighbours = (each.location for tunnel in tunnels for each in self._tenants[tunnel].values())
         self.explore(uuid, neighbours)
+        for each in ports:
+            if (tap := self._new_tap(each.key)) is not None:
+                self.bridge.send((Output(tap.ofport),), NOBODYS_FRAME)
 
     def explore(self, uuid: str, addresses: Iterable[str]) -> None:
         """Sends something nobody takes to these tunnel endpoints, so that the first frame of the guest that goes there
@@ -145,7 +152,11 @@ class Network:
         `destination`: HERE when it only changes its slot. Raises as Bridge.put does.
         """
         self._leaving[uuid] = destination
+        began = time.monotonic()
         await self.bridge.put(self._tunnels_of(uuid))
+        log.info(
+            "frames go on", guest=uuid, to=destination or "its new tap", ms=round(1000 * (time.monotonic() - began), 1)
+        )
 
     async def leave(self, uuid: str, destination: str) -> None:
         """It is paused; as `redirect`, and known to the agent's next life, too."""

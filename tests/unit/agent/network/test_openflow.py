@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from conftest import DummySwitch
+from dummy_switch import DummySwitch
 from hypothesis import HealthCheck, given, settings
 from test_pipeline import HOSTS, Move, moves
 

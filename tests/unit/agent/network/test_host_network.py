@@ -9,7 +9,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
-from conftest import BRIDGE, DummySwitch
+from dummy_switch import BRIDGE, DummySwitch
 
 from handoff_agent.network import bridge, network
 from handoff_agent.network.knowledge import Moves, Store, Told
@@ -49,7 +49,7 @@ async def running(switch: DummySwitch, state: Path) -> AsyncIterator[Network]:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - there is nothing to be told by
             await asyncio.sleep(0.01)
 
 

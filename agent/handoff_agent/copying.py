@@ -132,6 +132,8 @@ class Copying:
         )
         left_ms = 1000 * info.ram_remaining_bytes / max(self._meter.rate_bytes_per_s, 1.0)
         if moves and left_ms <= self._allowed_ms:
+            if not await self._switch.before_stop():
+                return
             self._switch.stopping()
             try:
                 await self._migration.stop()

@@ -11,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from handoff.agent.v1 import qemu_pb2 as pb
 from handoff_agent.ledger import Record
-from handoff_agent.rules import HELD, Answer, Call, State, judge, state_name
+from handoff_agent.rules import DESTINATION, HELD, Answer, Call, State, judge, state_name
 from handoff_common.errors import PreconditionError
 
 log = structlog.get_logger()
@@ -33,6 +33,7 @@ class Changes(TypedDict, total=False):
     downtime_limit_ms: int
     switch_deadline_s: float
     transfer_uri: str
+    tunnel_address: str
     started_s: float
     paused_s: float
     paused_to_held_ms: float
@@ -106,6 +107,7 @@ class Handoff:
             never_ran=record.never_ran,
             was_running=record.was_running,
             ended=record.ended,
+            tunnel_address=record.tunnel_address if record.role == DESTINATION else "",
         )
         if record.paused_s:
             message.switch_timings.CopyFrom(

@@ -49,6 +49,8 @@ class Record:
     switch_deadline_s: float = 0.0
     transfer_uri: str = ""
     """Source: where the guest is sent."""
+    tunnel_address: str = ""
+    """Tunnel endpoint of the destination, where the guest's frames go from the pause on."""
     started_s: float = 0.0
     paused_s: float = 0.0
     paused_to_held_ms: float = 0.0

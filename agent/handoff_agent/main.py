@@ -2,7 +2,8 @@
 
 import asyncio
 import gc
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,9 @@ from handoff_agent.host_service import HostService
 from handoff_agent.inventory import Inventory
 from handoff_agent.ledger import Ledger, TermGuard
 from handoff_agent.local_sockets import LocalSockets
+from handoff_agent.network.companion import NetworkCompanions
+from handoff_agent.network.knowledge import Store
+from handoff_agent.network.network import Network
 from handoff_agent.ovs_ports import OvsPorts
 from handoff_agent.qemu_service import QemuService
 from handoff_agent.settings import AgentSettings
@@ -70,6 +74,9 @@ async def serve(settings: AgentSettings) -> None:
         survey = Survey(settings, hypervisor, emulators, inventory)
         stack.callback(survey.close)
         changes = HandoffChanges()
+        ports = OvsPorts(settings.ovs_database)
+        stack.callback(ports.close)
+        network = await stack.enter_async_context(_network(settings, ports)) if settings.network else None
         handoffs = Handoffs(
             hypervisor,
             Departures(hypervisor, inventory, survey, settings.shared_paths),
@@ -79,18 +86,17 @@ async def serve(settings: AgentSettings) -> None:
             Ledger(settings.state_dir),
             TermGuard(settings.state_dir),
             changes,
+            NetworkCompanions(network) if network else None,
         )
         await handoffs.open()
         stack.push_async_callback(handoffs.close)
-        ports = OvsPorts(settings.ovs_database)
-        stack.callback(ports.close)
         qemu = QemuService(inventory, handoffs)
         host = HostService(settings, hypervisor, emulators, inventory, changes, lambda: handoffs.term)
         server = Server(SERVICES)
         qemu_pb2_grpc.add_QemuServiceServicer_to_server(qemu, server.grpc_server)
         host_pb2_grpc.add_HostServiceServicer_to_server(host, server.grpc_server)
         disk_pb2_grpc.add_DiskServiceServicer_to_server(DiskService(hypervisor, inventory), server.grpc_server)
-        flow_pb2_grpc.add_FlowServiceServicer_to_server(FlowService(ports), server.grpc_server)
+        flow_pb2_grpc.add_FlowServiceServicer_to_server(FlowService(ports, network, handoffs), server.grpc_server)
         stack.push_async_callback(qemu.finish)
         await server.start(settings.listen)
         stack.push_async_callback(server.stop)
@@ -102,6 +108,21 @@ async def serve(settings: AgentSettings) -> None:
         await until_stopped()
         notify_systemd("STOPPING=1")
         log.info("agent stops")
+
+
+@asynccontextmanager
+async def _network(settings: AgentSettings, ports: OvsPorts) -> AsyncIterator[Network]:
+    """The tenants' networks, kept in the bridge for as long as the context lasts; the flows stay."""
+    assert settings.network is not None
+    network = Network(settings.network, settings.ovs_database, ports, Store(settings.state_dir))
+    await network.open()
+    keeper = asyncio.create_task(network.run(), name="network")
+    try:
+        yield network
+    finally:
+        keeper.cancel()
+        await asyncio.wait({keeper})
+        await network.close()
 
 
 def _capabilities_of(slot: Slot) -> DomainCapabilities:

@@ -139,6 +139,7 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
                 ConvergenceSettings(limits.downtime_limit_ms or DEFAULT_DOWNTIME_LIMIT_MS),
                 limits.bandwidth_bytes_per_s,
                 deadline_s or DEFAULT_SWITCH_DEADLINE_S,
+                request.tunnel_address,
             )
         )
         return pb.StartTransferResponse(handoff=source.to_message())

@@ -54,6 +54,7 @@ USER_TIMEOUT_S: Final = 1.0
 ASK_AGAIN_S: Final = 5.0
 # How long a guest that is to run again waits, at the most, for what was turned back before it.
 BACK_PATIENCE_S: Final = 0.5
+BEFORE_STOP_TIMEOUT_S: Final = 0.5
 
 
 class SourceHandoff(Handoff):
@@ -77,6 +78,7 @@ class SourceHandoff(Handoff):
         self._begun = False
         self._ordered_at = 0.0
         self._went_s = 0.0
+        self._is_near_stop = False
         self._stopping = False
         self._stopped_s = 0.0
         self._pause_over = (0.0, 0.0)
@@ -97,8 +99,13 @@ class SourceHandoff(Handoff):
 
     # The leader's calls. Each holds the lock, and is repeatable.
 
-    async def start_transfer(self, uri: str, limits: ConvergenceSettings, bandwidth: int, deadline_s: float) -> None:
-        """Begins to send to `uri`; on return QEMU sends, or the handoff has FAILED, or its companions are at work."""
+    async def start_transfer(
+        self, uri: str, limits: ConvergenceSettings, bandwidth: int, deadline_s: float, tunnel_address: str = ""
+    ) -> None:
+        """Begins to send to `uri`; on return QEMU sends, or the handoff has FAILED, or its companions are at work.
+
+        `tunnel_address`: where the guest's frames go from the pause on, if the destination told.
+        """
         async with self.lock:
             if not self.permits(Call.START_TRANSFER):
                 return
@@ -108,6 +115,7 @@ class SourceHandoff(Handoff):
                 bandwidth_bytes_per_s=bandwidth,
                 switch_deadline_s=deadline_s,
                 transfer_uri=uri,
+                tunnel_address=tunnel_address,
                 started_s=time.time(),
             )
             self._set_out()
@@ -186,6 +194,20 @@ class SourceHandoff(Handoff):
         if self.state == before:
             await self.change(state=after)
 
+    async def before_stop(self) -> bool:
+        """Does what comes right before the guest is stopped. False: don't stop it, the switch is broken off."""
+        if not self.companions:
+            return True
+        self._is_near_stop = True
+        try:
+            async with asyncio.timeout(BEFORE_STOP_TIMEOUT_S):
+                await together(companion.pausing() for companion in self.companions)
+        except HandoffError as error:
+            self.break_off(error.message)
+        except TimeoutError:
+            self.break_off(f"what comes before the pause took more than {BEFORE_STOP_TIMEOUT_S:g} s")
+        return not self._breaker.reason
+
     def stopping(self) -> None:
         """The guest is being paused now: its deadline counts from here."""
         self._stopping = True
@@ -219,7 +241,7 @@ class SourceHandoff(Handoff):
             self._breaker.break_off(reason)
 
     def _on_break(self) -> None:
-        if self._pausing is not None:
+        if self._pausing is not None or self._is_near_stop:
             self._start_back()
         self._wake_up()
 
@@ -334,7 +356,7 @@ class SourceHandoff(Handoff):
             case MonitorEvent(event="RESUME"):
                 self._pause_over = (self._stopped_s, event.time_s)
                 self._stopped_s = 0.0
-                if self._pausing is not None:
+                if self._pausing is not None or self._is_near_stop:
                     await self._turn_back()
             case MonitorEvent(event="MIGRATION"):
                 await self._act(MigrationStatus.parse(str(event.data.get("status"))))
@@ -505,7 +527,7 @@ class SourceHandoff(Handoff):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        self._pausing = None
+        self._pausing, self._is_near_stop = None, False
         try:
             await each((companion.back() for companion in self.companions), self.log)
         except HandoffError as error:

@@ -11,7 +11,7 @@ from typing import Self
 
 from handoff.controller.v1.guests_pb2 import ListGuestsRequest, ListGuestsResponse
 from handoff.controller.v1.guests_pb2_grpc import GuestsServiceStub
-from handoff.controller.v1.hosts_pb2 import ListHostsRequest, ListHostsResponse
+from handoff.controller.v1.hosts_pb2 import GetNetworkRequest, GetNetworkResponse, ListHostsRequest, ListHostsResponse
 from handoff.controller.v1.hosts_pb2_grpc import HostsServiceStub
 from handoff.controller.v1.migrations_pb2 import (
     CancelMigrationRequest,
@@ -63,6 +63,11 @@ class Controllers:
         return await self._failover.read(
             lambda channel, s: HostsServiceStub(channel).ListHosts(ListHostsRequest(), timeout=s)
         )
+
+    async def network(self, host: str) -> GetNetworkResponse:
+        """The tenants' networks as one host has them."""
+        request = GetNetworkRequest(host=host)
+        return await self._failover.read(lambda channel, s: HostsServiceStub(channel).GetNetwork(request, timeout=s))
 
     async def guests(self, host: str = "") -> ListGuestsResponse:
         """The guests, of one host or of all."""

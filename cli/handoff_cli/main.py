@@ -26,6 +26,7 @@ COMMANDS = {
     "rollout": "Show, follow or cancel the upgrade of a whole host.",
     "hosts": "List the hosts.",
     "guests": "List the guests.",
+    "network": "Show the tenants' networks as one host has them.",
 }
 
 

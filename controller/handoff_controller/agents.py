@@ -1,12 +1,14 @@
 """Calls to the agents: typed, each with its deadline, errors as HandoffError."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import grpc
 import grpc.aio
 
+from handoff.agent.v1.flow_pb2 import GetNetworkRequest, GetNetworkResponse, NetworkPort, SetNetworkRequest
+from handoff.agent.v1.flow_pb2_grpc import FlowServiceStub
 from handoff.agent.v1.host_pb2 import GetHostRequest, Host, WatchEventsRequest, WatchEventsResponse
 from handoff.agent.v1.host_pb2_grpc import HostServiceStub
 from handoff.agent.v1.qemu_pb2 import (
@@ -65,7 +67,9 @@ class Agent(Protocol):
     ) -> Handoff:
         """PrepareDestination."""
 
-    async def start_transfer(self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits) -> Handoff:
+    async def start_transfer(
+        self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits, tunnel_address: str = ""
+    ) -> Handoff:
         """StartTransfer."""
 
     async def switch_over(self, fence: Fence, migration_id: str) -> Handoff:
@@ -100,6 +104,7 @@ class GrpcAgent:
         self._channel = open_channel(address)
         self._host = HostServiceStub(self._channel)
         self._qemu = QemuServiceStub(self._channel)
+        self._flow = FlowServiceStub(self._channel)
 
     async def close(self) -> None:
         """Closes the channel; calls under way fail."""
@@ -120,6 +125,16 @@ class GrpcAgent:
         """ListDomains."""
         response = await self._answer(lambda: self._qemu.ListDomains(ListDomainsRequest(), timeout=READ_S))
         return tuple(response.domains)
+
+    async def set_network(self, fence: Fence, generation: int, ports: Sequence[NetworkPort]) -> bool:
+        """SetNetwork: whether its switch has it already."""
+        request = SetNetworkRequest(fence=fence, generation=generation, ports=ports)
+        response = await self._answer(lambda: self._flow.SetNetwork(request, timeout=READ_S))
+        return response.applied
+
+    async def get_network(self) -> GetNetworkResponse:
+        """GetNetwork."""
+        return await self._answer(lambda: self._flow.GetNetwork(GetNetworkRequest(), timeout=READ_S))
 
     async def list_handoffs(self) -> tuple[Handoff, ...]:
         """ListHandoffs."""
@@ -171,9 +186,13 @@ class GrpcAgent:
         response = await self._answer(lambda: self._qemu.PrepareDestination(request, timeout=DOMAIN_S))
         return response.handoff
 
-    async def start_transfer(self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits) -> Handoff:
+    async def start_transfer(
+        self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits, tunnel_address: str = ""
+    ) -> Handoff:
         """StartTransfer."""
-        request = StartTransferRequest(fence=fence, migration_id=migration_id, uri=uri, limits=limits)
+        request = StartTransferRequest(
+            fence=fence, migration_id=migration_id, uri=uri, limits=limits, tunnel_address=tunnel_address
+        )
         response = await self._answer(lambda: self._qemu.StartTransfer(request, timeout=ORDER_S))
         return response.handoff
 

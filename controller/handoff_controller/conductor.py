@@ -29,7 +29,9 @@ from handoff_controller.etcd.client import EtcdClient
 from handoff_controller.etcd.election import Leadership
 from handoff_controller.fencing import FenceCommand
 from handoff_controller.fleet import Fleet
-from handoff_controller.machine import FINAL, state_of
+from handoff_controller.machine import FINAL, State, state_of
+from handoff_controller.network import FabricView
+from handoff_controller.network_keeper import NetworkKeeper
 from handoff_controller.planner import Planner, check_same
 from handoff_controller.retention import forgettable, lost_for_long
 from handoff_controller.rollouts import Rollouts
@@ -46,6 +48,7 @@ FORGET_EVERY_S = 300.0
 FORGOTTEN_AT_ONCE = 200
 RETRY_S = 0.5
 RETRY_AFTER_BUG_S = 5.0
+ON_THE_WAY = frozenset({State.PREPARING, State.COPYING, State.SWITCHING, State.COMMITTED, State.FINISHING})
 
 
 class Conductor:
@@ -61,8 +64,9 @@ class Conductor:
         self._fence = Fence(term=leadership.term, leader=settings.name)
         self._planner = Planner(self._store, agents, self._fence)
         self._upgrades = UpgradePlanner(self._store, agents, self._fence)
+        self._network = NetworkKeeper(agents, self._store, self._fence, FabricView(settings.static_ports), self._moving)
         self._settler = Settler(self._store, self._fence, self._is_driven)
-        self._fleet = Fleet(agents, self._store, self._settler)
+        self._fleet = Fleet(agents, self._store, self._settler, self._network.look_again)
         self._fencing = FenceCommand(settings.fencing)
         self.rollouts = Rollouts(self._store, agents, self.create)
         self._drivers: dict[str, Driver] = {}
@@ -79,6 +83,7 @@ class Conductor:
                 self._group.create_task(self._keep_adopting(), name="adoption")
                 self._group.create_task(self.rollouts.run(), name="rollouts")
                 self._group.create_task(self._keep_forgetting(), name="retention")
+                self._group.create_task(self._network.run(), name="network")
                 await self._fleet.run()
         except BaseExceptionGroup as group:
             stale, others = group.split(StaleTermError)
@@ -221,6 +226,11 @@ class Conductor:
     def _is_driven(self, migration_id: str) -> bool:
         return migration_id in self._drivers
 
+    def _moving(self) -> dict[str, Migration]:
+        """The migrations whose guests may be on their way, by the guest's UUID."""
+        migrations = (driver.migration for driver in self._drivers.values())
+        return {each.guest_uuid: each for each in migrations if state_of(each) in ON_THE_WAY}
+
     def _start(self, migration: Migration) -> None:
         if migration.id in self._drivers:  # adopted while its creator waited for etcd's answer
             return
@@ -237,6 +247,7 @@ class Conductor:
             self._fence,
             self._admitted[migration.id],
             self._fencing,
+            self._network,
         )
 
     async def _drive(self, migration_id: str) -> None:

@@ -18,7 +18,7 @@ from handoff_common.errors import HandoffError, PreconditionError, UnavailableEr
 from handoff_controller.agents import Agent
 from handoff_controller.decisions import Decision, Decisions, check_decidable, is_taken
 from handoff_controller.fencing import Fencing
-from handoff_controller.forward import Forward
+from handoff_controller.forward import Forward, Peers
 from handoff_controller.journey import FIRST_PAUSE_S, SOURCE, TRANSIENT, Journey, Records, StepFailed
 from handoff_controller.machine import CANCELLABLE, FINAL, PHASES, Event, State, Step, enter, next_state, state_of
 from handoff_controller.undo import Undo
@@ -27,6 +27,9 @@ from handoff_controller.undo import Undo
 # a few seconds. While the guest may be paused (SWITCHING) we give up sooner: the abort is what brings it back.
 PATIENCE_S = {State.PREPARING: 15.0, State.COPYING: 30.0, State.SWITCHING: 5.0}
 PROGRESS_INTERVAL_S = 1.0
+
+# The guest waits meanwhile; who has to know is told in FINISHING.
+IN_THE_PAUSE = frozenset({State.SWITCHING, State.COMMITTED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +52,19 @@ class Driver:
         fence: Fence,
         admitted: asyncio.Event,
         fencing: Fencing,
+        peers: Peers | None = None,
     ) -> None:
-        """`admitted` is set once the migration may begin."""
+        """`admitted` is set once the migration may begin. Without `peers`, nobody is told where the guest is."""
         self._way = Journey(migration, records, source, destination, fence)
         self._decisions = Decisions()
-        self._forward = Forward(self._way, self._decisions, fencing)
+        self._forward = Forward(self._way, self._decisions, fencing, peers)
         self._undo = Undo(self._way, self._decisions, fencing)
         self._records = records
         self._source = source
         self._destination = destination
         self._fence = fence
         self._admitted = admitted
+        self._peers = peers
         self._cancelled = asyncio.Event()
         if migration.cancel_requested:
             self._cancelled.set()
@@ -134,6 +139,8 @@ class Driver:
             if self._way.held_at is not None:
                 passed_s = self._way.committed_at - self._way.held_at
                 self.migration.outcome.held_to_committed_ms = 1000 * passed_s
+        if self._peers is not None and state not in IN_THE_PAUSE:
+            self._peers.look_again()
         self._log.info("state", state=state.name, reason=work.reason)
 
     async def _perform(self, state: State) -> Work:
@@ -186,6 +193,7 @@ class Driver:
             Step.SWITCH_OVER: self._switch_over,
             Step.AWAIT_HELD: self._await_held,
             Step.ACTIVATE: self._forward.activate,
+            Step.POINT_PEERS: self._forward.point_peers,
             Step.RELEASE_SOURCE: self._forward.release_source,
             Step.FINALIZE_DESTINATION: self._forward.finalize_destination,
             Step.ABORT_SOURCE: self._undo.abort_source,
@@ -222,6 +230,7 @@ class Driver:
         if handoff.state == HandoffState.HANDOFF_STATE_FAILED:
             raise StepFailed(f"{self.migration.destination.host}: {handoff.message}")
         self.migration.listen_uri = handoff.listen_uri
+        self.migration.destination_tunnel_address = handoff.tunnel_address
 
     async def _listening(self) -> Handoff:
         """PrepareDestination. An agent that was restarted in the middle of it has first to undo what it began."""
@@ -245,7 +254,13 @@ class Driver:
             switch_deadline=options.switch_deadline,
         )
         await self._insist(
-            lambda: self._source.start_transfer(self._fence, self.migration.id, self.migration.listen_uri, limits),
+            lambda: self._source.start_transfer(
+                self._fence,
+                self.migration.id,
+                self.migration.listen_uri,
+                limits,
+                self.migration.destination_tunnel_address,
+            ),
             PATIENCE_S[State.COPYING],
         )
 

@@ -29,10 +29,12 @@ REFRESH_RECORD_S = 15.0
 class Fleet:
     """The hosts as the leader sees them."""
 
-    def __init__(self, agents: Agents, store: Store, settler: Settler) -> None:
+    def __init__(self, agents: Agents, store: Store, settler: Settler, changed: Callable[[], None]) -> None:
+        """`changed` is called whenever a host or a guest is not what it was."""
         self._agents = agents
         self._store = store
         self._settler = settler
+        self._changed = changed
         self._hosts: dict[str, Host] = {}
         self._reported: dict[str, set[str]] = {}
         self._problems: dict[str, list[str]] = {}
@@ -125,6 +127,7 @@ class Fleet:
             return
         await self._store.put_host(host)
         self._hosts[host.name] = host
+        self._changed()
 
     async def _reconcile(self, name: str, domains: tuple[Domain, ...], guests: tuple[Guest, ...]) -> None:
         self._reported[name] = {domain.uuid for domain in domains}
@@ -133,6 +136,8 @@ class Fleet:
             await self._write(self._store.put_guest, guest, "guest")
         for guest in changes.forgotten:
             await self._write(self._store.delete_guest, guest, "guest gone")
+        if changes.written or changes.forgotten:
+            self._changed()
 
     @staticmethod
     async def _write(write: Callable[[Guest], Awaitable[None]], guest: Guest, event: str) -> None:

@@ -6,9 +6,10 @@ destroyed), or it is decided so: see standstill.py.
 
 import asyncio
 from datetime import UTC, datetime
+from typing import Protocol
 
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffState
-from handoff_common.errors import PreconditionError
+from handoff_common.errors import HandoffError, PreconditionError
 from handoff_controller.decisions import Asked, Decisions
 from handoff_controller.fencing import Fencing
 from handoff_controller.journey import DESTINATION, RAN_HERE, Journey, StepFailed
@@ -21,11 +22,24 @@ LOOK_S = 4.0
 FINISHING_PATIENCE_S = 30.0
 
 
+class Peers(Protocol):
+    """All hosts, as far as they send frames to guests; see network_keeper.py."""
+
+    def look_again(self) -> None:
+        """Where guests are, or are about to be, may have changed."""
+
+    async def point(self) -> str:
+        """Tells all hosts where guests are. Returns which have not heard it. Raises as the store does."""
+
+
 class Forward:
     """The steps of COMMITTED and FINISHING."""
 
-    def __init__(self, way: Journey, decisions: Decisions, fencing: Fencing) -> None:
+    def __init__(self, way: Journey, decisions: Decisions, fencing: Fencing, peers: Peers | None = None) -> None:
+        """Without `peers`, nobody is told where the guest is."""
         self._way = way
+        self._peers = peers
+        self._peers_pointed = asyncio.Event()
         self._decisions = decisions
         self._standstill = Standstill(way, decisions, fencing, self._look)
 
@@ -63,8 +77,20 @@ class Forward:
                     if await self._standstill.bear(silence):
                         return Event.FENCED
 
+    async def point_peers(self) -> None:
+        """Tells all hosts where the guest is now. Its source has sent its frames on so far, and does until released."""
+        try:
+            missing = "" if self._peers is None else await self._peers.point()
+        except HandoffError as error:
+            missing = error.message
+        finally:
+            self._peers_pointed.set()
+        if missing:
+            self._way.warn(f"not told yet where the guest is: {missing}. It is done as soon as possible")
+
     async def release_source(self) -> None:
-        """Destroys the held copy, now or once its agent is back."""
+        """Destroys the held copy, now or once its agent is back; its frames are sent on until all peers were told."""
+        await self._peers_pointed.wait()
         released = await self._way.try_for(
             "release",
             self._way.at_source,

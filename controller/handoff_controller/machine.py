@@ -44,6 +44,7 @@ class Step(StrEnum):
     SWITCH_OVER = auto()
     AWAIT_HELD = auto()
     ACTIVATE = auto()
+    POINT_PEERS = auto()
     RELEASE_SOURCE = auto()
     FINALIZE_DESTINATION = auto()
     ABORT_SOURCE = auto()
@@ -89,7 +90,11 @@ PHASES: Mapping[State, Phase] = {
     ),
     State.COMMITTED: Phase((Step.ACTIVATE,), completed=State.FINISHING, failed=None, fenced=State.ABORTING),
     State.FINISHING: Phase(
-        (Step.FINALIZE_DESTINATION, Step.RELEASE_SOURCE), completed=State.DONE, failed=None, concurrent=True
+        # The source is released once the peers are pointed: until then it sends on what comes for the guest.
+        (Step.POINT_PEERS, Step.FINALIZE_DESTINATION, Step.RELEASE_SOURCE),
+        completed=State.DONE,
+        failed=None,
+        concurrent=True,
     ),
     State.ABORTING: Phase(
         (Step.ABORT_SOURCE, Step.ABORT_DESTINATION), completed=State.ABORTED, failed=None, concurrent=True

@@ -20,6 +20,8 @@ from handoff.controller.v1.guests_pb2 import (
 from handoff.controller.v1.hosts_pb2 import (
     GetHostRequest,
     GetHostResponse,
+    GetNetworkRequest,
+    GetNetworkResponse,
     Host,
     HostState,
     ListHostsRequest,
@@ -44,7 +46,8 @@ from handoff.controller.v1.migrations_pb2 import (
 )
 from handoff.controller.v1.migrations_pb2_grpc import MigrationsServiceStub
 from handoff_common.channel import open_channel
-from handoff_common.errors import NotFoundError, UnavailableError, from_rpc_error
+from handoff_common.errors import HostDownError, NotFoundError, UnavailableError, from_rpc_error
+from handoff_controller.agents import Agents
 from handoff_controller.conductor import Conductor
 from handoff_controller.etcd.client import EtcdClient
 from handoff_controller.etcd.election import current_leader
@@ -205,10 +208,11 @@ class GuestsService(guests_pb2_grpc.GuestsServiceServicer):
 class HostsService(hosts_pb2_grpc.HostsServiceServicer):
     """Hosts: see hosts.proto."""
 
-    def __init__(self, reader: Reader, addresses: dict[str, str]) -> None:
+    def __init__(self, reader: Reader, addresses: dict[str, str], agents: Agents) -> None:
         """`addresses`: the configured hosts; those that no leader has looked at yet are listed too."""
         self._reader = reader
         self._addresses = addresses
+        self._agents = agents
 
     async def GetHost(self, request: GetHostRequest, context: Context) -> GetHostResponse:  # noqa: N802
         """Any replica."""
@@ -222,6 +226,13 @@ class HostsService(hosts_pb2_grpc.HostsServiceServicer):
     async def ListHosts(self, request: ListHostsRequest, context: Context) -> ListHostsResponse:  # noqa: N802
         """Any replica."""
         return ListHostsResponse(hosts=await self._all())
+
+    async def GetNetwork(self, request: GetNetworkRequest, context: Context) -> GetNetworkResponse:  # noqa: N802
+        """Any replica."""
+        try:
+            return GetNetworkResponse(network=await self._agents[request.host].get_network())
+        except UnavailableError as error:
+            raise HostDownError(error.message) from error
 
     async def _all(self) -> list[Host]:
         recorded = {host.name: host for host in await self._reader.hosts()}

@@ -1,8 +1,10 @@
 """The controller's configuration file, by default /etc/handoff/controller.toml."""
 
 import os
+from ipaddress import IPv4Address
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from handoff_common.config import Settings
 from handoff_common.logs import LogFormat
@@ -48,6 +50,24 @@ class RetentionSettings(Settings):
     age_s: float = Field(default=30 * 24 * 3600.0, ge=0, description="all that ended so recently")
 
 
+class StaticPortSettings(Settings):
+    """A port of a tenant that is no guest's: a gateway, a monitor."""
+
+    mac: str = Field(pattern="^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$", description="its MAC address")
+    tunnel: int = Field(ge=1, lt=1 << 24, description="VXLAN network id of its tenant")
+    ips: tuple[IPv4Address, ...] = Field(default=(), description="its addresses")
+    any_source: bool = Field(default=False, description="a router: frames with any source may come from it")
+    host: str = Field(default="", description="host on whose bridge it is")
+    interface: str = Field(default="", description="name of its interface there")
+    vtep: IPv4Address | None = Field(default=None, description="instead: VXLAN address of a machine without an agent")
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> Self:
+        if bool(self.host) != bool(self.interface) or bool(self.host) == (self.vtep is not None):
+            raise ValueError("say where it is: either host and interface, or vtep")
+        return self
+
+
 class ControllerSettings(Settings):
     """Everything that a controller is told."""
 
@@ -60,6 +80,7 @@ class ControllerSettings(Settings):
     advertise: str = Field(description='address on which other replicas reach this one, "host:port"')
     etcd: EtcdSettings
     hosts: dict[str, str] = Field(min_length=1, description='agents by host name, each "host:port" or "unix:/path"')
+    static_ports: tuple[StaticPortSettings, ...] = Field(default=(), description="tenants' ports that are no guests")
     admission: AdmissionSettings = AdmissionSettings()
     fencing: FencingSettings = FencingSettings()
     keep_migrations: RetentionSettings = RetentionSettings()

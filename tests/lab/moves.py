@@ -30,7 +30,7 @@ from handoff_controller.machine import FINAL, State, state_of
 from handoff_controller.settle import SETTLED
 from handoff_lab.fabric import OVERLAY_NET
 from handoff_lab.fleet import Fleet
-from handoff_lab.guest import DEFAULT_DISK, Guests
+from handoff_lab.guest import DEFAULT_DISK, DEFAULT_NETWORK, Guests
 from handoff_lab.host import Host
 from handoff_lab.probe import GuestControl, GuestStatus
 from handoff_lab.state import GuestRecord
@@ -192,9 +192,10 @@ class Subject:
         disks: tuple[str, ...] = (DEFAULT_DISK,),
         release: str = "",
         machine: str = "",
+        network: str = DEFAULT_NETWORK,
     ) -> "Subject":
         """Boots the guest and waits until the controller knows it; the options are those of Guests.create."""
-        boot = partial(Guests(moves.fleet).create, disks=disks, release=release, machine=machine)
+        boot = partial(Guests(moves.fleet).create, disks=disks, release=release, machine=machine, network=network)
         record = await asyncio.to_thread(boot, name, host, memory_mib)
         before = await GuestControl(moves.fleet.node(OBSERVER), record.ip).status()
         await moves.known(name)

@@ -297,7 +297,9 @@ class FakeAgent:
             return await self._host.validate_destination()
         return await self._network.order(self.name, lambda: self._host.prepare_destination(fence, migration_id))
 
-    async def start_transfer(self, fence: Fence, migration_id: str, uri: str, limits: pb.TransferLimits) -> pb.Handoff:
+    async def start_transfer(
+        self, fence: Fence, migration_id: str, uri: str, limits: pb.TransferLimits, tunnel_address: str = ""
+    ) -> pb.Handoff:
         return await self._network.order(self.name, lambda: self._host.start_transfer(fence, migration_id, uri))
 
     async def switch_over(self, fence: Fence, migration_id: str) -> pb.Handoff:

@@ -7,9 +7,16 @@ from dataclasses import dataclass, field
 import grpc.aio
 from cli_samples import ABORTED, DONE, ROLLOUT_RUNNING, ROLLOUT_STOPPING, a_migration, a_rollout
 
+from handoff.agent.v1 import flow_pb2
 from handoff.controller.v1 import guests_pb2_grpc, hosts_pb2_grpc, migrations_pb2_grpc, rollouts_pb2_grpc
 from handoff.controller.v1.guests_pb2 import Guest, ListGuestsRequest, ListGuestsResponse
-from handoff.controller.v1.hosts_pb2 import Host, ListHostsRequest, ListHostsResponse
+from handoff.controller.v1.hosts_pb2 import (
+    GetNetworkRequest,
+    GetNetworkResponse,
+    Host,
+    ListHostsRequest,
+    ListHostsResponse,
+)
 from handoff.controller.v1.migrations_pb2 import (
     CancelMigrationRequest,
     CancelMigrationResponse,
@@ -38,7 +45,7 @@ from handoff.controller.v1.rollouts_pb2 import (
     WatchRolloutRequest,
     WatchRolloutResponse,
 )
-from handoff_common.errors import HandoffError, NotFoundError
+from handoff_common.errors import HandoffError, NotFoundError, PreconditionError
 from handoff_common.server import Context, Server
 
 
@@ -48,6 +55,7 @@ class Fleet:
 
     hosts: list[Host] = field(default_factory=list)
     guests: list[Guest] = field(default_factory=list)
+    networks: dict[str, flow_pb2.GetNetworkResponse] = field(default_factory=dict)
     migrations: dict[str, Migration] = field(default_factory=dict)
     rollouts: dict[str, Rollout] = field(default_factory=dict)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -117,6 +125,11 @@ class FakeController(
     async def ListHosts(self, request: ListHostsRequest, context: Context) -> ListHostsResponse:  # noqa: N802
         self.calls.append("ListHosts")
         return ListHostsResponse(hosts=self.fleet.hosts)
+
+    async def GetNetwork(self, request: GetNetworkRequest, context: Context) -> GetNetworkResponse:  # noqa: N802
+        if request.host not in self.fleet.networks:
+            raise PreconditionError("this agent manages no flows")
+        return GetNetworkResponse(network=self.fleet.networks[request.host])
 
     async def ListGuests(self, request: ListGuestsRequest, context: Context) -> ListGuestsResponse:  # noqa: N802
         return ListGuestsResponse(guests=[g for g in self.fleet.guests if request.host in ("", g.owner.host)])

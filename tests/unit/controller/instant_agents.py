@@ -80,7 +80,9 @@ class InstantAgent:
         handoff.listen_uri = f"tcp:{self.name}:49152"
         return handoff
 
-    async def start_transfer(self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits) -> Handoff:
+    async def start_transfer(
+        self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits, tunnel_address: str = ""
+    ) -> Handoff:
         return await self._do("start_transfer", migration_id, SOURCE, HandoffState.HANDOFF_STATE_TRANSFERRING)
 
     async def switch_over(self, fence: Fence, migration_id: str) -> Handoff:

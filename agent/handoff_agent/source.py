@@ -24,7 +24,7 @@ from handoff_agent.channels import LocalChannels
 from handoff_agent.companions import SourceCompanion, each, together
 from handoff_agent.convergence import ConvergenceSettings
 from handoff_agent.copying import Copying
-from handoff_agent.domains import end_domain, is_active, is_running, run_again, undefine
+from handoff_agent.domains import end_domain, is_active, is_running, run_again, undefine, user_runs_it
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Changes, Handoff, Notify, Save
 from handoff_agent.ledger import Record
@@ -50,7 +50,6 @@ from handoff_agent.transfer import READY_POLL_S, Transfer
 from handoff_common.errors import DeadlineError, HandoffError, UnavailableError
 
 UNORDERED_PAUSE_S: Final = 0.5
-USER_TIMEOUT_S: Final = 1.0
 ASK_AGAIN_S: Final = 5.0
 # How long a guest that is to run again waits, at the most, for what was turned back before it.
 BACK_PATIENCE_S: Final = 0.5
@@ -329,10 +328,9 @@ class SourceHandoff(Handoff):
         if self._paused or self._stopping:
             return
         with contextlib.suppress(HandoffError):
-            status = await self._monitor.query_status(timeout_s=USER_TIMEOUT_S, urgent=True)
-            # QEMU pauses it for the migration as "finish-migrate".
-            if (status == "running") is not self.record.was_running and status in ("running", "paused"):
-                await self.change(was_running=status == "running")
+            runs = await user_runs_it(self._slot, self.record.domain_uuid)
+            if runs is not None and runs is not self.record.was_running:
+                await self.change(was_running=runs)
 
     async def _notice_end(self) -> None:
         with contextlib.suppress(HandoffError):
@@ -420,6 +418,8 @@ class SourceHandoff(Handoff):
 
     async def _on_pause(self) -> None:
         if not self._paused:
+            if not self._ordered_at:
+                await self._follow_user()
             self._paused = True
             self._stopped_s = self._stopped_s or time.time()
             self._arm(self.record.switch_deadline_s if self._ordered_at else UNORDERED_PAUSE_S)

@@ -36,8 +36,14 @@ bench-handoff: setup ## our migration against `virsh migrate --live --p2p`, into
 bench-upgrade: setup ## a new QEMU under guests of 256 MiB, 2 GiB and 8 GiB, into out/bench/upgrade.json
 	@$(PYTHON) -m bench.upgrade
 
+soak: setup ## every state of a migration with every fault, an hour; into out/soak/matrix.json and matrix.txt
+	@$(PYTHON) -m soak.run $(SOAK)
+
+bench-switch: setup ## guest's pause, network gap and lost frames, against three other ways, into out/bench/switch.json
+	@$(PYTHON) -m bench.switch
+
 clean: ## stop the lab, remove what was built here
 	-.venv/bin/handoff-lab down
 	rm -rf build out .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup demo test lint types proto unit lab-test bench-handoff bench-upgrade clean
+.PHONY: help setup demo test lint types proto unit lab-test bench-handoff bench-upgrade bench-switch soak clean

@@ -1,6 +1,7 @@
 """What goes with a guest beside its memory: disks, switch ports. Each hooks into a handoff as a companion.
 
     source                                          destination
+    prepare()    PrepareSource
                                                     prepare(xml)    before the domain is created
                                                     created()       it exists, paused; its taps are plugged
     begin()      StartTransfer, before `migrate`
@@ -33,6 +34,12 @@ Work: TypeAlias = Coroutine[object, object, None]
 
 class SourceCompanion:
     """One thing that leaves with a guest."""
+
+    async def prepare(self) -> None:
+        """The guest will leave: makes what the destination needs before its domain is created.
+
+        A failure is the handoff's; `back` follows with the abort.
+        """
 
     async def begin(self) -> None:
         """Starts what takes its time, and returns when the memory may follow; a failure is the handoff's.
@@ -89,6 +96,9 @@ class DestinationCompanion:
     async def undo(self) -> None:
         """The domain is destroyed: leaves nothing behind. A failure leaves the abort undone, to be repeated."""
 
+    async def detach(self) -> None:
+        """The agent ends: so does all that it does itself; the next one's `running` goes on with it."""
+
 
 class Companions(Protocol):
     """Says what goes with a guest."""
@@ -110,6 +120,21 @@ class NoCompanions:
     def of_destination(self, handoff: Handoff, slot: Slot) -> Sequence[DestinationCompanion]:
         """None."""
         return ()
+
+
+class AllCompanions:
+    """Those of several parts of the agent."""
+
+    def __init__(self, *parts: Companions) -> None:
+        self._parts = parts
+
+    def of_source(self, handoff: Handoff, slot: Slot) -> Sequence[SourceCompanion]:
+        """All of theirs."""
+        return [companion for part in self._parts for companion in part.of_source(handoff, slot)]
+
+    def of_destination(self, handoff: Handoff, slot: Slot) -> Sequence[DestinationCompanion]:
+        """All of theirs."""
+        return [companion for part in self._parts for companion in part.of_destination(handoff, slot)]
 
 
 async def together(work: Iterable[Work]) -> None:

@@ -19,11 +19,13 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Final
 
+from handoff.agent.v1.disk_pb2 import DiskMove
 from handoff_agent.breaker import CANCEL_TIMEOUT_S, RETRY_S, Breaker
 from handoff_agent.channels import LocalChannels
 from handoff_agent.companions import SourceCompanion, each, together
 from handoff_agent.convergence import ConvergenceSettings
 from handoff_agent.copying import Copying
+from handoff_agent.disks.moves import recorded
 from handoff_agent.domains import end_domain, is_active, is_running, run_again, undefine, user_runs_it
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Changes, Handoff, Notify, Save
@@ -98,8 +100,22 @@ class SourceHandoff(Handoff):
 
     # The leader's calls. Each holds the lock, and is repeatable.
 
+    async def prepare(self) -> None:
+        """Tells the companions; FAILED when one can't, with its reason, which is raised."""
+        try:
+            await together(companion.prepare() for companion in self.companions)
+        except HandoffError as error:
+            await self.change(state=FAILED, message=error.message)
+            raise
+
     async def start_transfer(
-        self, uri: str, limits: ConvergenceSettings, bandwidth: int, deadline_s: float, tunnel_address: str = ""
+        self,
+        uri: str,
+        limits: ConvergenceSettings,
+        bandwidth: int,
+        deadline_s: float,
+        disks: Sequence[DiskMove] = (),
+        tunnel_address: str = "",
     ) -> None:
         """Begins to send to `uri`; on return QEMU sends, or the handoff has FAILED, or its companions are at work.
 
@@ -116,6 +132,7 @@ class SourceHandoff(Handoff):
                 transfer_uri=uri,
                 tunnel_address=tunnel_address,
                 started_s=time.time(),
+                disks=recorded(disks) if disks else self.record.disks,
             )
             self._set_out()
             under_way = asyncio.Event()
@@ -131,11 +148,15 @@ class SourceHandoff(Handoff):
             await asyncio.gather(self.change(state=SWITCHING), self._order())
             self._wake_up()
 
-    async def release(self) -> None:
-        """Destroys the held copy and undefines the guest here. Raises what a companion raises; repeat it then."""
+    async def release(self, *, keep_disks: bool = False) -> None:
+        """Destroys the held copy and undefines the guest here. Raises what a companion raises; repeat it then.
+
+        `keep_disks`: images that were copied stay.
+        """
         async with self.lock:
             if not self.permits(Call.RELEASE):
                 return
+            await self.change(keep_disks=keep_disks)
             await end_domain(self._slot, self.record.domain_uuid)
             await undefine(self._slot, self.record.domain_uuid)
             await each((companion.released() for companion in self.companions), self.log)

@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 import grpc
 import grpc.aio
 
+from handoff.agent.v1.disk_pb2 import DiskMove
 from handoff.agent.v1.flow_pb2 import GetNetworkRequest, GetNetworkResponse, NetworkPort, SetNetworkRequest
 from handoff.agent.v1.flow_pb2_grpc import FlowServiceStub
 from handoff.agent.v1.host_pb2 import GetHostRequest, Host, WatchEventsRequest, WatchEventsResponse
@@ -50,7 +51,14 @@ class Agent(Protocol):
     name: str
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: Sequence[DiskMove] = (),
     ) -> SourceGuest:
         """PrepareSource."""
 
@@ -64,11 +72,19 @@ class Agent(Protocol):
         validate_only: bool = False,
         method: "TransferMethod.ValueType" = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
+        fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> Handoff:
         """PrepareDestination."""
 
     async def start_transfer(
-        self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits, tunnel_address: str = ""
+        self,
+        fence: Fence,
+        migration_id: str,
+        uri: str,
+        limits: TransferLimits,
+        disks: Sequence[DiskMove] = (),
+        tunnel_address: str = "",
     ) -> Handoff:
         """StartTransfer."""
 
@@ -80,7 +96,7 @@ class Agent(Protocol):
     ) -> Handoff:
         """Activate."""
 
-    async def release_source(self, fence: Fence, migration_id: str) -> Handoff:
+    async def release_source(self, fence: Fence, migration_id: str, *, keep_disks: bool = False) -> Handoff:
         """ReleaseSource."""
 
     async def finalize_destination(self, fence: Fence, migration_id: str) -> Handoff:
@@ -153,13 +169,25 @@ class GrpcAgent:
             call.cancel()
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: Sequence[DiskMove] = (),
     ) -> SourceGuest:
         """PrepareSource."""
         request = PrepareSourceRequest(
-            fence=fence, migration_id=migration_id, domain_uuid=domain_uuid, validate_only=validate_only, local=local
+            fence=fence,
+            migration_id=migration_id,
+            domain_uuid=domain_uuid,
+            validate_only=validate_only,
+            local=local,
+            disks=disks,
         )
-        response = await self._answer(lambda: self._qemu.PrepareSource(request, timeout=ORDER_S))
+        response = await self._answer(lambda: self._qemu.PrepareSource(request, timeout=DOMAIN_S if disks else ORDER_S))
         return response.guest
 
     async def prepare_destination(
@@ -172,6 +200,8 @@ class GrpcAgent:
         validate_only: bool = False,
         method: "TransferMethod.ValueType" = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
+        fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> Handoff:
         """PrepareDestination."""
         request = PrepareDestinationRequest(
@@ -182,16 +212,24 @@ class GrpcAgent:
             validate_only=validate_only,
             method=method,
             emulator=emulator,
+            fast=fast,
+            bandwidth_bytes_per_s=bandwidth_bytes_per_s,
         )
         response = await self._answer(lambda: self._qemu.PrepareDestination(request, timeout=DOMAIN_S))
         return response.handoff
 
     async def start_transfer(
-        self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits, tunnel_address: str = ""
+        self,
+        fence: Fence,
+        migration_id: str,
+        uri: str,
+        limits: TransferLimits,
+        disks: Sequence[DiskMove] = (),
+        tunnel_address: str = "",
     ) -> Handoff:
         """StartTransfer."""
         request = StartTransferRequest(
-            fence=fence, migration_id=migration_id, uri=uri, limits=limits, tunnel_address=tunnel_address
+            fence=fence, migration_id=migration_id, uri=uri, limits=limits, disks=disks, tunnel_address=tunnel_address
         )
         response = await self._answer(lambda: self._qemu.StartTransfer(request, timeout=ORDER_S))
         return response.handoff
@@ -212,9 +250,9 @@ class GrpcAgent:
         response = await self._answer(lambda: self._qemu.Activate(request, timeout=ORDER_S))
         return response.handoff
 
-    async def release_source(self, fence: Fence, migration_id: str) -> Handoff:
+    async def release_source(self, fence: Fence, migration_id: str, *, keep_disks: bool = False) -> Handoff:
         """ReleaseSource."""
-        request = ReleaseSourceRequest(fence=fence, migration_id=migration_id)
+        request = ReleaseSourceRequest(fence=fence, migration_id=migration_id, keep_disks=keep_disks)
         response = await self._answer(lambda: self._qemu.ReleaseSource(request, timeout=DOMAIN_S))
         return response.handoff
 

@@ -6,11 +6,12 @@ after it there is only forward, and what goes wrong becomes a warning.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from handoff.agent.v1.disk_pb2 import DiskMove
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffState, TransferLimits
 from handoff.agent.v1.types_pb2 import Fence
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind
@@ -66,6 +67,7 @@ class Driver:
         self._admitted = admitted
         self._peers = peers
         self._cancelled = asyncio.Event()
+        self._disks_are_there = asyncio.Event()
         if migration.cancel_requested:
             self._cancelled.set()
         self._lock = self._way.lock
@@ -194,6 +196,7 @@ class Driver:
             Step.AWAIT_HELD: self._await_held,
             Step.ACTIVATE: self._forward.activate,
             Step.POINT_PEERS: self._forward.point_peers,
+            Step.AWAIT_DISKS: self._forward.disks.arrive,
             Step.RELEASE_SOURCE: self._forward.release_source,
             Step.FINALIZE_DESTINATION: self._forward.finalize_destination,
             Step.ABORT_SOURCE: self._undo.abort_source,
@@ -221,6 +224,7 @@ class Driver:
                 self.migration.id,
                 self.migration.guest_uuid,
                 local=self.migration.kind == MigrationKind.MIGRATION_KIND_UPGRADE,
+                disks=self.migration.disks,
             ),
             PATIENCE_S[State.PREPARING],
         )
@@ -230,6 +234,7 @@ class Driver:
         if handoff.state == HandoffState.HANDOFF_STATE_FAILED:
             raise StepFailed(f"{self.migration.destination.host}: {handoff.message}")
         self.migration.listen_uri = handoff.listen_uri
+        set_disks(self.migration, handoff.disks)
         self.migration.destination_tunnel_address = handoff.tunnel_address
 
     async def _listening(self) -> Handoff:
@@ -241,6 +246,8 @@ class Driver:
             self.migration.destination.slot,
             method=self.migration.method,
             emulator=self.migration.release,
+            fast=self.migration.options.fast,
+            bandwidth_bytes_per_s=self.migration.options.bandwidth_bytes_per_s,
         )
         if handoff.state == HandoffState.HANDOFF_STATE_PREPARED and not handoff.listen_uri:
             raise UnavailableError(f"{self.migration.destination.host}: the incoming domain is not ready yet")
@@ -259,6 +266,7 @@ class Driver:
                 self.migration.id,
                 self.migration.listen_uri,
                 limits,
+                self.migration.disks,
                 self.migration.destination_tunnel_address,
             ),
             PATIENCE_S[State.COPYING],
@@ -333,6 +341,12 @@ class Driver:
             except HandoffError as error:
                 raise StepFailed(error.message) from error
             await asyncio.sleep(FIRST_PAUSE_S)
+
+
+def set_disks(migration: Migration, disks: Iterable[DiskMove]) -> None:
+    """Puts the plan for the disks into a record."""
+    del migration.disks[:]
+    migration.disks.extend(disks)
 
 
 def _committed(migration: Migration) -> str:

@@ -11,6 +11,7 @@ from typing import Protocol
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffState
 from handoff_common.errors import HandoffError, PreconditionError
 from handoff_controller.decisions import Asked, Decisions
+from handoff_controller.disks import ArrivingDisks
 from handoff_controller.fencing import Fencing
 from handoff_controller.journey import DESTINATION, RAN_HERE, Journey, StepFailed
 from handoff_controller.machine import Event
@@ -40,6 +41,7 @@ class Forward:
         self._way = way
         self._peers = peers
         self._peers_pointed = asyncio.Event()
+        self.disks = ArrivingDisks(way)
         self._decisions = decisions
         self._standstill = Standstill(way, decisions, fencing, self._look)
 
@@ -91,11 +93,14 @@ class Forward:
     async def release_source(self) -> None:
         """Destroys the held copy, now or once its agent is back; its frames are sent on until all peers were told."""
         await self._peers_pointed.wait()
+        await self.disks.wait()
         released = await self._way.try_for(
             "release",
             self._way.at_source,
             FINISHING_PATIENCE_S,
-            lambda: self._way.source.release_source(self._way.fence, self._way.migration.id),
+            lambda: self._way.source.release_source(
+                self._way.fence, self._way.migration.id, keep_disks=self._way.migration.options.keep_source_disks
+            ),
         )
         if released is not None:
             # QEMU's final figures come after "held", when nobody waits for them.
@@ -106,6 +111,7 @@ class Forward:
 
     async def finalize_destination(self) -> None:
         """Makes the guest's definition persistent, now or once the agent is back; sees whether it still runs."""
+        await self.disks.wait()
         began = datetime.now(UTC)
         where, name = self._way.at_destination, self._way.migration.guest_name
         finalized = await self._way.try_for(

@@ -44,6 +44,7 @@ class Step(StrEnum):
     SWITCH_OVER = auto()
     AWAIT_HELD = auto()
     ACTIVATE = auto()
+    AWAIT_DISKS = auto()
     POINT_PEERS = auto()
     RELEASE_SOURCE = auto()
     FINALIZE_DESTINATION = auto()
@@ -90,8 +91,9 @@ PHASES: Mapping[State, Phase] = {
     ),
     State.COMMITTED: Phase((Step.ACTIVATE,), completed=State.FINISHING, failed=None, fenced=State.ABORTING),
     State.FINISHING: Phase(
-        # The source is released once the peers are pointed: until then it sends on what comes for the guest.
-        (Step.POINT_PEERS, Step.FINALIZE_DESTINATION, Step.RELEASE_SOURCE),
+        # The source is released once the peers are pointed: until then it sends on what comes for the guest; and once
+        # no disk is pulled from it any more.
+        (Step.POINT_PEERS, Step.AWAIT_DISKS, Step.FINALIZE_DESTINATION, Step.RELEASE_SOURCE),
         completed=State.DONE,
         failed=None,
         concurrent=True,

@@ -158,9 +158,15 @@ class Planner:
             raise host
         if isinstance(guest, BaseException):
             raise guest
-        await destination.prepare_destination(
-            self._fence, migration.id, guest, migration.destination.slot, validate_only=True
+        handoff = await destination.prepare_destination(
+            self._fence,
+            migration.id,
+            guest,
+            migration.destination.slot,
+            validate_only=True,
+            fast=migration.options.fast,
         )
+        migration.disks.extend(handoff.disks)
 
     def _check_free(self, guest: Guest, destination: str) -> None:
         if guest.owner.host == destination:

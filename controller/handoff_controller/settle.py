@@ -86,7 +86,8 @@ class Settler:
         if state is not State.DONE:
             return None
         if role == HandoffRole.HANDOFF_ROLE_SOURCE:
-            return lambda: agent.release_source(self._fence, migration_id)
+            keep_disks = migration.options.keep_source_disks
+            return lambda: agent.release_source(self._fence, migration_id, keep_disks=keep_disks)
         return lambda: agent.finalize_destination(self._fence, migration_id)
 
 

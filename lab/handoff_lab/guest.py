@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 import uuid
+import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,11 @@ from xml.sax.saxutils import quoteattr
 from handoff_lab.errors import LabError
 from handoff_lab.fleet import Fleet
 from handoff_lab.host import SLOTS, Host
+from handoff_lab.images import make_image
 from handoff_lab.netns import NetNamespace
 from handoff_lab.networks import NO_NETWORK, TENANT, network_named
 from handoff_lab.parallel import in_parallel
+from handoff_lab.pattern import PATTERN_BEGIN, Pattern, parse_mib
 from handoff_lab.state import DiskRecord, GuestRecord, Lab, Release
 
 FIRST_NUMBER, LAST_NUMBER = 10, 199
@@ -26,6 +29,9 @@ BOOT_DEADLINE_S = 120.0
 VIRSH_DEADLINE_S = 30.0
 LIST_DEADLINE_S = 10.0
 DEFAULT_DISK = "size=1G,format=raw,place=shared"
+DISK_SYNTAX = "size=1G,format=raw|qcow2,place=shared|local,data=SIZE,zeros=SIZE,backing=raw|qcow2,volume=NAME"
+FORMATS = ("raw", "qcow2")
+_OPTIONAL = ("data", "zeros", "volume", "backing")
 DEFAULT_NETWORK = TENANT.name
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 _PLACES = {"shared": "/srv/shared", "local": "/srv/vms"}
@@ -42,20 +48,35 @@ class Sighting:
 
 
 def parse_disk(guest: str, index: int, text: str) -> DiskRecord:
-    """Reads "size=1G,format=raw|qcow2,place=shared|local", each part optional. Raises LabError for anything else."""
-    fields = dict(part.partition("=")[::2] for part in DEFAULT_DISK.split(","))
+    """Reads what DISK_SYNTAX says, each part optional. Raises LabError for anything else."""
+    fields = dict(part.partition("=")[::2] for part in DEFAULT_DISK.split(",")) | dict.fromkeys(_OPTIONAL, "")
     for part in text.split(","):
         key, _, value = part.partition("=")
         if key not in fields or not value:
-            raise LabError(f"--disk {text}: write it like {DEFAULT_DISK}, or `none`")
+            raise LabError(f"--disk {text}: write it like {DISK_SYNTAX}, or `none`")
         fields[key] = value
-    if fields["format"] not in ("raw", "qcow2") or fields["place"] not in _PLACES:
-        raise LabError(f"--disk {text}: format is raw or qcow2, place is shared or local")
-    if not re.fullmatch(r"[1-9]\d*[MGT]", fields["size"]):
-        raise LabError(f"--disk {text}: size is a number with M, G or T behind, such as 1G")
+    image_format, place, volume, backing = (fields[key] for key in ("format", "place", "volume", "backing"))
+    if image_format not in FORMATS or place not in _PLACES or backing not in ("", *FORMATS):
+        raise LabError(f"--disk {text}: format and backing are raw or qcow2, place is shared or local")
+    if backing and (image_format != "qcow2" or volume):
+        raise LabError(f"--disk {text}: only a qcow2 image has a backing file")
+    if volume and (image_format != "raw" or not _NAME.fullmatch(volume)):
+        raise LabError(f"--disk {text}: a volume is raw; its name has small letters, digits and dashes")
     target = f"vd{chr(ord('a') + index)}"
-    path = f"{_PLACES[fields['place']]}/{guest}-{target}.{fields['format']}"
-    return DiskRecord(target, path, fields["format"], fields["size"], fields["place"])
+    disk = DiskRecord(
+        target=target,
+        path=volume or f"{_PLACES[place]}/{guest}-{target}.{image_format}",
+        format=image_format,
+        size=fields["size"],
+        place="volume" if volume else place,
+        data_mib=parse_mib(fields["data"] or "0"),
+        zeros_mib=parse_mib(fields["zeros"] or "0"),
+        seed=zlib.crc32(f"{guest} {target}".encode()),
+        backing=backing,
+    )
+    if parse_mib(disk.size) == 0 or not disk.pattern.fits:
+        raise LabError(f"--disk {text}: {PATTERN_BEGIN >> 20}M, the data and the zeros must fit its size")
+    return disk
 
 
 def console_log(guest: str) -> str:
@@ -179,7 +200,7 @@ class Guests:
         name = guest.name
         try:
             for disk in guest.disks:
-                where.node.run(["qemu-img", "create", "-q", "-f", disk.format, disk.path, disk.size])
+                self._make(disk, where)
             definition = f"/run/{name}.xml"
             (where.directory / f"run/{name}.xml").write_text(xml)
             virsh(where, "a", "define", definition)
@@ -187,6 +208,15 @@ class Guests:
         except LabError:
             self.delete(name)
             raise
+
+    def _make(self, disk: DiskRecord, where: Host) -> None:
+        path = (self.lab.shared if disk.place == "shared" else where.directory / "vms") / Path(disk.path).name
+        if not disk.backing:
+            make_image(path, disk.format, disk.pattern)
+            return
+        behind = path.with_suffix(f".base.{disk.backing}")
+        make_image(behind, disk.backing, disk.pattern)
+        make_image(path, disk.format, Pattern(disk.pattern.size_mib, 0, 0, 0), behind)
 
     def _admit(
         self, name: str, host: str, memory_mib: int, vcpus: int, disks: tuple[str, ...], network: str

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import tempfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,25 +52,40 @@ def check_image(path: Path, image_format: str, epoch: int, slots: int, acked_seq
 
 
 def _check_raw(path: Path, epoch: int, slots: int, acked_seq: int) -> ImageCheck:
+    with path.open("rb") as image:
+
+        def read(offset: int, length: int) -> bytes:
+            image.seek(offset)
+            return image.read(length)
+
+        return check_journal(read, epoch, slots, acked_seq)
+
+
+def check_journal(
+    read: Callable[[int, int], bytes], epoch: int, slots: int, acked_seq: int, newest_seq: int = 0
+) -> ImageCheck:
+    """As check_image, for a disk that `read` reads: from an offset, so many bytes.
+
+    `newest_seq`: of a journal that went on meanwhile, the last record that can have been written. By default that is
+    one round after the last acknowledged one, which may have been on its way.
+    """
+    newest_seq = newest_seq or acked_seq + slots
     counts = {"lost": 0, "torn": 0, "misplaced": 0}
     first_bad = 0
     used = min(acked_seq, slots)
-    with path.open("rb") as image:
-        image.seek(REGION_BEGIN)
-        for slot in range(used):
-            expected = slot + 1 + (acked_seq - (slot + 1)) // slots * slots
-            fault = _fault(image.read(RECORD_BYTES), slot, expected, epoch, slots)
-            if fault is not None:
-                counts[fault] += 1
-                first_bad = first_bad or expected
+    region = memoryview(read(REGION_BEGIN, used * RECORD_BYTES))
+    for slot in range(used):
+        expected = slot + 1 + (acked_seq - (slot + 1)) // slots * slots
+        record = bytes(region[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES])
+        fault = _fault(record, slot, expected, newest_seq, epoch, slots)
+        if fault is not None:
+            counts[fault] += 1
+            first_bad = first_bad or expected
     return ImageCheck(checked=used, first_bad_seq=first_bad, **counts)
 
 
-def _fault(record: bytes, slot: int, expected: int, epoch: int, slots: int) -> str | None:
-    """What is wrong with the record in a slot, None when it is the expected one.
-
-    One `slots` newer is right as well: it was written, and its acknowledgement was on its way.
-    """
+def _fault(record: bytes, slot: int, expected: int, newest: int, epoch: int, slots: int) -> str | None:
+    """What is wrong with the record in a slot, None when it is the expected one, or a newer one up to `newest`."""
     if len(record) < RECORD_BYTES:
         return "lost"
     magic, seq, _, offset, record_epoch, _ = _HEAD.unpack_from(record)
@@ -77,6 +93,6 @@ def _fault(record: bytes, slot: int, expected: int, epoch: int, slots: int) -> s
         return "lost"
     if int.from_bytes(record[-4:], "little") != zlib.crc32(record[:-4]):
         return "torn"
-    if offset != REGION_BEGIN + slot * RECORD_BYTES or (seq - 1) % slots != slot or seq > expected + slots:
+    if offset != REGION_BEGIN + slot * RECORD_BYTES or (seq - 1) % slots != slot or seq > newest:
         return "misplaced"
     return "lost" if seq < expected else None

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from handoff_lab.errors import LabError
+from handoff_lab.pattern import Pattern, parse_mib
 
 DEFAULT_DIRECTORY = Path("/var/lib/handoff-lab")
 DEFAULT_PREFIX = Path("/opt/handoff")
@@ -69,13 +70,24 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class DiskRecord:
-    """A guest's disk. `place`: shared or local; `path` is the same on every host; `size` as qemu-img takes it."""
+    """A guest's disk as it was made. `place`: shared, local or volume; `path` is the same on every host, a volume's its
+    name; `size` as qemu-img takes it. What it holds: pattern.py, with these MiB of data and of written zeros.
+    `backing`: format of the image behind it, which then has the data; empty when there is none."""
 
     target: str
     path: str
     format: str
     size: str
     place: str
+    data_mib: int = 0
+    zeros_mib: int = 0
+    seed: int = 0
+    backing: str = ""
+
+    @property
+    def pattern(self) -> Pattern:
+        """What it held when it was made."""
+        return Pattern(parse_mib(self.size), self.data_mib, self.zeros_mib, self.seed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -274,7 +274,14 @@ class FakeAgent:
             yield handoff
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: object = (),
     ) -> pb.SourceGuest:
         if validate_only:
             await self._network.ask(self.name)
@@ -291,6 +298,8 @@ class FakeAgent:
         validate_only: bool = False,
         method: pb.TransferMethod.ValueType = pb.TRANSFER_METHOD_TCP,
         emulator: str = "",
+        fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> pb.Handoff:
         if validate_only:
             await self._network.ask(self.name)
@@ -298,7 +307,13 @@ class FakeAgent:
         return await self._network.order(self.name, lambda: self._host.prepare_destination(fence, migration_id))
 
     async def start_transfer(
-        self, fence: Fence, migration_id: str, uri: str, limits: pb.TransferLimits, tunnel_address: str = ""
+        self,
+        fence: Fence,
+        migration_id: str,
+        uri: str,
+        limits: pb.TransferLimits,
+        disks: object = (),
+        tunnel_address: str = "",
     ) -> pb.Handoff:
         return await self._network.order(self.name, lambda: self._host.start_transfer(fence, migration_id, uri))
 
@@ -310,7 +325,7 @@ class FakeAgent:
     ) -> pb.Handoff:
         return await self._network.order(self.name, lambda: self._host.activate(fence, migration_id, heard_clock_ms))
 
-    async def release_source(self, fence: Fence, migration_id: str) -> pb.Handoff:
+    async def release_source(self, fence: Fence, migration_id: str, *, keep_disks: bool = False) -> pb.Handoff:
         return await self._network.order(self.name, lambda: self._host.release_source(fence, migration_id))
 
     async def finalize_destination(self, fence: Fence, migration_id: str) -> pb.Handoff:

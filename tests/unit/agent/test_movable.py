@@ -56,22 +56,6 @@ def test_rich_guest_can_go_and_come() -> None:
 
 
 LEAVING = {
-    "local file": (
-        "<disk type='file' device='disk'><source file='/srv/vms/a'/><target dev='vda'/></disk>",
-        "disk vda is a local file (/srv/vms/a): copying disks is not built yet; only shared and network disks",
-    ),
-    "local block device": (
-        "<disk type='block' device='disk'><source dev='/dev/vg/a'/><target dev='vda'/></disk>",
-        "disk vda is a local block device (/dev/vg/a)",
-    ),
-    "local iso": (
-        "<disk type='file' device='cdrom'><source file='/iso/a.iso'/><target dev='sda'/><readonly/></disk>",
-        "cdrom sda has a local medium (/iso/a.iso); eject it",
-    ),
-    "nvme": (
-        "<disk type='nvme' device='disk'><source type='pci'/><target dev='vda'/></disk>",
-        "disk vda is a nvme device of this host",
-    ),
     "local backing": (
         "<disk type='file'><source file='/srv/shared/top'/><backingStore type='file'><format type='raw'/>"
         "<source file='/srv/vms/base'/><backingStore/></backingStore><target dev='vda'/></disk>",

@@ -53,7 +53,14 @@ class InstantAgent:
         yield WatchEventsResponse()
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: object = (),
     ) -> SourceGuest:
         if domain_uuid not in self._domains:
             raise NotFoundError(f"no {domain_uuid} on {self.name}")
@@ -72,6 +79,8 @@ class InstantAgent:
         validate_only: bool = False,
         method: TransferMethod.ValueType = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
+        fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> Handoff:
         if validate_only:
             return Handoff()
@@ -81,7 +90,13 @@ class InstantAgent:
         return handoff
 
     async def start_transfer(
-        self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits, tunnel_address: str = ""
+        self,
+        fence: Fence,
+        migration_id: str,
+        uri: str,
+        limits: TransferLimits,
+        disks: object = (),
+        tunnel_address: str = "",
     ) -> Handoff:
         return await self._do("start_transfer", migration_id, SOURCE, HandoffState.HANDOFF_STATE_TRANSFERRING)
 
@@ -98,7 +113,7 @@ class InstantAgent:
             return handoff
         return await self._do("activate", migration_id, DESTINATION, HandoffState.HANDOFF_STATE_ACTIVE)
 
-    async def release_source(self, fence: Fence, migration_id: str) -> Handoff:
+    async def release_source(self, fence: Fence, migration_id: str, *, keep_disks: bool = False) -> Handoff:
         self._domains.pop(self._moving[migration_id].uuid, None)
         return await self._do("release_source", migration_id, SOURCE, HandoffState.HANDOFF_STATE_RELEASED)
 

@@ -52,7 +52,14 @@ class UpgradingAgent(InstantAgent):
         )
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: object = (),
     ) -> SourceGuest:
         if domain_uuid.removeprefix("uuid-") in self.refuses:
             raise PreconditionError("it uses a device of this host; detach it")
@@ -68,6 +75,8 @@ class UpgradingAgent(InstantAgent):
         validate_only: bool = False,
         method: TransferMethod.ValueType = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
+        fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> Handoff:
         if guest.domain.name in self.fails and not validate_only:
             raise PreconditionError("its QEMU ended")
@@ -81,7 +90,7 @@ class UpgradingAgent(InstantAgent):
             self._moving[migration_id] = moved
         return handoff
 
-    async def release_source(self, fence: Fence, migration_id: str) -> Handoff:
+    async def release_source(self, fence: Fence, migration_id: str, *, keep_disks: bool = False) -> Handoff:
         return await self._do(
             "release_source", migration_id, HandoffRole.HANDOFF_ROLE_SOURCE, HandoffState.HANDOFF_STATE_RELEASED
         )

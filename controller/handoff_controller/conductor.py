@@ -27,6 +27,7 @@ from handoff_controller.settings import ControllerSettings
 from handoff_controller.settle import Settler
 from handoff_controller.store import Store
 from handoff_controller.upgrade_planner import UpgradePlanner
+from handoff_controller.volumes import Volumes
 
 log = structlog.get_logger()
 
@@ -51,6 +52,7 @@ class Conductor:
         self._upgrades = UpgradePlanner(self._store, agents, self._fence)
         self._fleet = Fleet(agents, self._store, Settler(self._store, self._fence, self._is_driven))
         self.rollouts = Rollouts(self._store, agents, self.create)
+        self._volumes = Volumes(settings.volumes)
         self._drivers: dict[str, Driver] = {}
         self._admitted: dict[str, asyncio.Event] = {}
         self._adopted = asyncio.Event()
@@ -70,6 +72,8 @@ class Conductor:
             if stale is not None and others is None:
                 raise StaleTermError(f"term {self.leadership.term} has ended while it was at work") from group
             raise
+        finally:
+            await self._volumes.close()
 
     async def create(self, request: CreateMigrationRequest | CreateUpgradeRequest) -> Migration:
         """Plans, records and starts a migration; see CreateMigration and CreateUpgrade for what it raises."""
@@ -169,6 +173,7 @@ class Conductor:
             self._agents[migration.destination.host],
             self._fence,
             self._admitted[migration.id],
+            self._volumes,
         )
 
     async def _drive(self, migration_id: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Protocol, TypeVar
 
 import structlog
@@ -17,9 +18,11 @@ import structlog
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState, TransferLimits, TransferProgress
 from handoff.agent.v1.types_pb2 import Fence
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind
+from handoff.storage.v1.access_pb2 import Volume
 from handoff_common.errors import DeadlineError, HandoffError, PreconditionError, UnavailableError
 from handoff_controller.agents import Agent
 from handoff_controller.machine import CANCELLABLE, FINAL, PHASES, Event, State, Step, enter, next_state, state_of
+from handoff_controller.volumes import Volumes, check_unchanged, label, network_volumes
 
 log = structlog.get_logger()
 Answer = TypeVar("Answer")
@@ -71,8 +74,10 @@ class Driver:
         destination: Agent,
         fence: Fence,
         admitted: asyncio.Event,
+        volumes: Volumes,
     ) -> None:
         """`admitted` is set once the migration may begin."""
+        self._volumes = volumes
         self.migration = migration
         self._records = records
         self._source = source
@@ -178,6 +183,7 @@ class Driver:
         actions: dict[Step, Callable[[], Awaitable[Event | None]]] = {
             Step.AWAIT_ADMISSION: self._await_admission,
             Step.PREPARE_SOURCE: self._prepare_source,
+            Step.GRANT_VOLUMES: self._grant_volumes,
             Step.PREPARE_DESTINATION: self._prepare_destination,
             Step.START_TRANSFER: self._start_transfer,
             Step.AWAIT_READY: self._await_ready,
@@ -188,12 +194,12 @@ class Driver:
             Step.FINALIZE_DESTINATION: self._finalize_destination,
             Step.ABORT_SOURCE: self._abort_source,
             Step.ABORT_DESTINATION: self._abort_destination,
+            Step.REVOKE_VOLUMES: self._revoke_volumes,
         }
         try:
             if phase.concurrent:
                 await _together([actions[step] for step in phase.steps])
-                return Work(Event.COMPLETED)
-            for step in phase.steps:
+            for step in (() if phase.concurrent else phase.steps) + phase.then:
                 event = await actions[step]()
                 if event is not None:
                     return Work(event, self.migration.error)
@@ -237,6 +243,33 @@ class Driver:
             ),
             PATIENCE_S[State.PREPARING],
         )
+
+    async def _grant_volumes(self) -> None:
+        """Lets the destination open the guest's network volumes."""
+        planned = self.migration.volumes
+        try:
+            check_unchanged(self.migration.guest_name, planned, self._volumes_now())
+        except PreconditionError as error:
+            raise StepFailed(error.message) from error
+        host = self.migration.destination.host
+        for volume in planned:
+            await self._insist(partial(self._volumes.grant, volume, host), PATIENCE_S[State.PREPARING])
+
+    def _volumes_now(self) -> list[Volume]:
+        # A guest that stays on its host needs no other access than it has.
+        upgrade = self.migration.kind == MigrationKind.MIGRATION_KIND_UPGRADE
+        return [] if upgrade else network_volumes(self._guest.domain.disks)
+
+    async def _revoke_volumes(self) -> None:
+        """Shuts the host out that does not have the guest in the end, also where its agent does not answer."""
+        gone = state_of(self.migration) is State.FINISHING
+        host = self.migration.source.host if gone else self.migration.destination.host
+        for volume in self.migration.volumes:
+            call = partial(self._volumes.revoke, volume, host)
+            try:
+                await self._insist(call, PATIENCE_S[State.FINISHING], also_refusals=True)
+            except StepFailed as failure:
+                self._warn(f"{failure}. Take {label(volume)} from {host} by hand")
 
     async def _prepare_destination(self) -> None:
         handoff = await self._insist(self._listening, PATIENCE_S[State.PREPARING])

@@ -37,6 +37,7 @@ class Step(StrEnum):
 
     AWAIT_ADMISSION = auto()
     PREPARE_SOURCE = auto()
+    GRANT_VOLUMES = auto()
     PREPARE_DESTINATION = auto()
     START_TRANSFER = auto()
     AWAIT_READY = auto()
@@ -47,6 +48,8 @@ class Step(StrEnum):
     FINALIZE_DESTINATION = auto()
     ABORT_SOURCE = auto()
     ABORT_DESTINATION = auto()
+    REVOKE_VOLUMES = auto()
+    """From the host that does not have the guest in the end."""
 
 
 class Event(StrEnum):
@@ -73,21 +76,33 @@ class Phase:
     fenced: State | None = None
     """The next state when the destination is proven never to have run."""
     concurrent: bool = False
+    then: tuple[Step, ...] = ()
+    """In order, after all of `steps`."""
 
 
 PHASES: Mapping[State, Phase] = {
     State.PLANNED: Phase((Step.AWAIT_ADMISSION,), completed=State.PREPARING, failed=State.ABORTED),
     State.PREPARING: Phase(
-        (Step.PREPARE_SOURCE, Step.PREPARE_DESTINATION), completed=State.COPYING, failed=State.ABORTING
+        (Step.PREPARE_SOURCE, Step.GRANT_VOLUMES, Step.PREPARE_DESTINATION),
+        completed=State.COPYING,
+        failed=State.ABORTING,
     ),
     State.COPYING: Phase((Step.START_TRANSFER, Step.AWAIT_READY), completed=State.SWITCHING, failed=State.ABORTING),
     State.SWITCHING: Phase((Step.SWITCH_OVER, Step.AWAIT_HELD), completed=State.COMMITTED, failed=State.ABORTING),
     State.COMMITTED: Phase((Step.ACTIVATE,), completed=State.FINISHING, failed=None, fenced=State.ABORTING),
     State.FINISHING: Phase(
-        (Step.FINALIZE_DESTINATION, Step.RELEASE_SOURCE), completed=State.DONE, failed=None, concurrent=True
+        (Step.FINALIZE_DESTINATION, Step.RELEASE_SOURCE),
+        completed=State.DONE,
+        failed=None,
+        concurrent=True,
+        then=(Step.REVOKE_VOLUMES,),
     ),
     State.ABORTING: Phase(
-        (Step.ABORT_SOURCE, Step.ABORT_DESTINATION), completed=State.ABORTED, failed=None, concurrent=True
+        (Step.ABORT_SOURCE, Step.ABORT_DESTINATION),
+        completed=State.ABORTED,
+        failed=None,
+        concurrent=True,
+        then=(Step.REVOKE_VOLUMES,),
     ),
 }
 FINAL = frozenset({State.DONE, State.ABORTED})

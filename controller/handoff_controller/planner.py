@@ -27,6 +27,7 @@ from handoff_common.errors import (
 from handoff_controller.agents import Agents, GrpcAgent
 from handoff_controller.machine import State, enter
 from handoff_controller.store import Reader
+from handoff_controller.volumes import network_volumes
 
 DEFAULT_DOWNTIME_LIMIT_MS = 300
 DEFAULT_SWITCH_DEADLINE = timedelta(seconds=2)
@@ -145,6 +146,7 @@ class Planner:
         await destination.prepare_destination(
             self._fence, migration.id, guest, migration.destination.slot, validate_only=True
         )
+        migration.volumes.extend(network_volumes(guest.domain.disks))
 
     def _check_free(self, guest: Guest, destination: str) -> None:
         if guest.owner.host == destination:

@@ -1,8 +1,9 @@
 """The controller's configuration file, by default /etc/handoff/controller.toml."""
 
 import os
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from handoff_common.config import Settings
 from handoff_common.logs import LogFormat
@@ -26,6 +27,22 @@ class AdmissionSettings(Settings):
     max_upgrades_per_host: int = Field(default=2, ge=1, description="upgrades of guests on one host")
 
 
+class VolumeSettings(Settings):
+    """Who keeps the access lists of some network volumes; see volumes.py. Either a service or a command."""
+
+    protocol: str = Field(default="*", description='libvirt\'s protocol, such as "nbd" or "rbd"; * and ? match')
+    name: str = Field(default="*", description="name of the volumes; * and ? match")
+    service: str = Field(default="", description='"host:port" of a handoff.storage.v1.VolumeAccessService')
+    command: tuple[str, ...] = Field(default=(), description="run with: grant|revoke PROTOCOL:NAME HOST")
+    timeout_s: float = Field(default=10.0, gt=0, description="for one volume and one host")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if bool(self.service) == bool(self.command):
+            raise ValueError("volumes: name either a service or a command")
+        return self
+
+
 class ControllerSettings(Settings):
     """Everything that a controller is told."""
 
@@ -39,5 +56,8 @@ class ControllerSettings(Settings):
     etcd: EtcdSettings
     hosts: dict[str, str] = Field(min_length=1, description='agents by host name, each "host:port" or "unix:/path"')
     admission: AdmissionSettings = AdmissionSettings()
+    volumes: tuple[VolumeSettings, ...] = Field(
+        default=(), description="access lists of network volumes, the first that matches; without, every host may"
+    )
     log_format: LogFormat = "json"
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")

@@ -8,6 +8,7 @@ from handoff_lab.fabric import MANAGEMENT_NET, Fabric
 from handoff_lab.host import AGENT_PORT, host_name, hosts_file, program
 from handoff_lab.node import Node
 from handoff_lab.state import Lab, LabConfig
+from handoff_lab.storage import Storage
 
 CONTROLLER_PORT = 7700
 
@@ -65,6 +66,10 @@ endpoints = [{members}]
 
 [hosts]
 {hosts}
+
+[[volumes]]
+protocol = "nbd"
+service = "{Storage(self.lab).service}"
 """
 
     def boot(self) -> None:

@@ -17,8 +17,9 @@ from handoff_lab.host import Host, host_index, program
 from handoff_lab.node import Node, all_marked, kill_and_wait, nodes
 from handoff_lab.parallel import in_parallel
 from handoff_lab.state import MAX_CONTROLLERS, MAX_HOSTS, Lab, LabConfig
+from handoff_lab.storage import Storage
 
-Member: TypeAlias = Host | Controller | EtcdMember
+Member: TypeAlias = Host | Controller | EtcdMember | Storage
 Step: TypeAlias = Callable[[], object]
 
 
@@ -43,12 +44,18 @@ class Fleet:
         """The network between them."""
         return Fabric(self.lab)
 
+    @property
+    def storage(self) -> Storage:
+        """The storage host; one of the members once there has been a volume."""
+        return Storage(self.lab)
+
     def members(self, config: LabConfig) -> list[Member]:
         """Every node but the fabric."""
         return [
             *(Host(self.lab, n) for n in range(1, config.hosts + 1)),
             *(EtcdMember(self.lab, n, config.etcd) for n in range(1, config.etcd + 1)),
             *(Controller(self.lab, n) for n in range(1, config.controllers + 1)),
+            *([self.storage] if self.storage.exists else []),
         ]
 
     def member(self, name: str) -> Member:
@@ -110,6 +117,8 @@ class Fleet:
         boots += [partial(host.boot, config) for host in hosts]
         boots += [*(member.boot for member in members_of_etcd), *(controller.boot for controller in controllers)]
         in_parallel(boots)
+        if self.storage.exists:
+            self.storage.start(self.fabric)
         cables = self.fabric.cables()
         cabling: list[Step] = [partial(host.connect, self.fabric, cables, config) for host in hosts]
         cabling += [partial(member.connect, self.fabric, cables) for member in members_of_etcd]

@@ -8,6 +8,7 @@ import subprocess
 import time
 import uuid
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from handoff_lab.netns import NetNamespace
 from handoff_lab.parallel import in_parallel
 from handoff_lab.pattern import PATTERN_BEGIN, Pattern, parse_mib
 from handoff_lab.state import DiskRecord, GuestRecord, Lab, Release
+from handoff_lab.storage import Storage
 
 FIRST_NUMBER, LAST_NUMBER = 10, 199
 CONTROL_PORT = 5000
@@ -89,15 +91,7 @@ def domain_xml(guest: GuestRecord, lab: Lab, release: Release, machine: str = ""
 
     With `shareable`, its memory can be handed to another QEMU without a copy, if the release knows how.
     """
-    disks = "".join(
-        f"""
-    <disk type='file' device='disk'>
-      <driver name='qemu' type='{disk.format}' cache='none' discard='unmap'/>
-      <source file={quoteattr(disk.path)}/>
-      <target dev='{disk.target}' bus='virtio'/>
-    </disk>"""
-        for disk in guest.disks
-    )
+    disks = "".join(_disk_xml(disk, lab) for disk in guest.disks)
     interface = (
         f"""
     <interface type='bridge'>
@@ -148,6 +142,25 @@ def domain_xml(guest: GuestRecord, lab: Lab, release: Release, machine: str = ""
 """
 
 
+def _disk_xml(disk: DiskRecord, lab: Lab) -> str:
+    if disk.place == "volume":
+        storage = Storage(lab)
+        kind, source = (
+            "network",
+            f"""<source protocol='nbd' name='{disk.path}'>
+        <host name='{storage.address}' port='{storage.volume(disk.path).port}'/>
+      </source>""",
+        )
+    else:
+        kind, source = "file", f"<source file={quoteattr(disk.path)}/>"
+    return f"""
+    <disk type='{kind}' device='disk'>
+      <driver name='qemu' type='{disk.format}' cache='none' discard='unmap'/>
+      {source}
+      <target dev='{disk.target}' bus='virtio'/>
+    </disk>"""
+
+
 @dataclass(frozen=True, slots=True)
 class Guests:
     """Creates, finds and removes guests."""
@@ -188,18 +201,18 @@ class Guests:
             if all(sighting.state == "shut off" for sighting in seen):
                 virsh(self.fleet.host(seen[0].host), seen[0].slot, "start", name)
         else:
-            self._define(guest, where, domain_xml(guest, self.lab, build, machine, shareable))
+            self._define(guest, where, lambda: domain_xml(guest, self.lab, build, machine, shareable))
         if wait:
             self.wait_ready(guest)
         return guest
 
-    def _define(self, guest: GuestRecord, where: Host, xml: str) -> None:
+    def _define(self, guest: GuestRecord, where: Host, xml: Callable[[], str]) -> None:
         name = guest.name
         try:
             for disk in guest.disks:
                 self._make(disk, where)
             definition = f"/run/{name}.xml"
-            (where.directory / f"run/{name}.xml").write_text(xml)
+            (where.directory / f"run/{name}.xml").write_text(xml())
             virsh(where, "a", "define", definition)
             virsh(where, "a", "start", name)
         except LabError:
@@ -207,6 +220,12 @@ class Guests:
             raise
 
     def _make(self, disk: DiskRecord, where: Host) -> None:
+        if disk.place == "volume":
+            with self.lab.locked():
+                self.fleet.storage.start(self.fleet.fabric)
+                self.fleet.storage.create(disk.path, disk.pattern)
+            self.fleet.storage.grant(disk.path, where.name)
+            return
         path = (self.lab.shared if disk.place == "shared" else where.directory / "vms") / Path(disk.path).name
         if not disk.backing:
             make_image(path, disk.format, disk.pattern)
@@ -302,6 +321,9 @@ class Guests:
             if seen.state != "shut off":
                 virsh(host, seen.slot, "destroy", name, check=False)
             virsh(host, seen.slot, "undefine", name, check=False)
+        for disk in next((guest.disks for guest in self.lab.guests() if guest.name == name), ()):
+            if disk.place == "volume":
+                self.fleet.storage.delete(disk.path)
         hosts = [host for host in self.fleet.members(self.lab.require_config()) if isinstance(host, Host)]
         for directory in (self.lab.shared, *(host.directory / "vms" for host in hosts)):
             for pattern in (f"{name}-vd?.*", f"{name}.console"):

@@ -1,8 +1,8 @@
 """An emulated hypervisor: libvirt in two slots, Open vSwitch in user space, and the agent.
 
 Inside of host hN: mgmt0 10.10.0.N; on the overlay link br-ovl 10.20.0.N for migration streams, and br-phy 10.21.0.N for
-VXLAN; probe0 10.30.0.(200+N) among the guests. Streams stay in the kernel: Open vSwitch in user space
-takes about 30 MiB/s.
+VXLAN; sto0 10.40.0.N to the storage host; probe0 10.30.0.(200+N) among the guests. Streams stay in the kernel: Open
+vSwitch in user space takes about 30 MiB/s.
 """
 
 import shutil
@@ -13,7 +13,15 @@ from pathlib import Path
 
 from handoff_lab.daemon import Daemon
 from handoff_lab.errors import LabError
-from handoff_lab.fabric import MANAGEMENT_NET, OVERLAY_MTU, OVERLAY_NET, TENANT_NET, TUNNEL_NET, Fabric
+from handoff_lab.fabric import (
+    MANAGEMENT_NET,
+    OVERLAY_MTU,
+    OVERLAY_NET,
+    STORAGE_NET,
+    TENANT_NET,
+    TUNNEL_NET,
+    Fabric,
+)
 from handoff_lab.node import Node
 from handoff_lab.parallel import in_parallel
 from handoff_lab.state import MAX_HOSTS, Lab, LabConfig
@@ -222,6 +230,10 @@ memory_mib = {config.host_memory_mib}
 
     def connect(self, fabric: Fabric, cables: frozenset[str], config: LabConfig) -> None:
         """Plugs the host in where it is not, and gives its interfaces their addresses."""
+        if fabric.plug_storage(self.node, self.node.require_pid(), cables):
+            self.node.run(
+                ["sh", "-e"], stdin=f"ip addr replace {STORAGE_NET}.{self.index}/24 dev sto0\nip link set sto0 up\n"
+            )
         if not fabric.plug(self.node, self.node.require_pid(), True, cables):
             return
         self.node.run(

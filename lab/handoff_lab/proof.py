@@ -115,6 +115,9 @@ class DiskProof:
     def _read(self, host: Host, disk: etree._Element, pattern: Pattern) -> "_DiskRead":
         target, image_format = _get(disk, "target", "dev"), _get(disk, "driver", "type")
         node, path = host.node, _get(disk, "source", "file")
+        if disk.get("type") == "network":
+            storage = self._guests.fleet.storage
+            node, path = storage.node, str(storage.volumes / f"{_get(disk, 'source', 'name')}.raw")
         reader = DiskReader(node, path, image_format)
         found = DiskFound(
             target, node.name, path, image_format, reader.size_bytes, reader.allocated_bytes, reader.layers

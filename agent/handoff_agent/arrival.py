@@ -3,8 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import Final
 
+from handoff.agent.v1 import disk_pb2
 from handoff.agent.v1 import qemu_pb2 as pb
 from handoff_agent.builds import has_multifd
+from handoff_agent.disks.plans import DiskPlans
 from handoff_agent.domain_xml import XmlChanges, destination_xml, persistent_xml
 from handoff_agent.emulators import Emulators
 from handoff_agent.movable import destination_obstacles, refusal
@@ -25,16 +27,19 @@ class Arrival:
     """Why its memory can't be passed on to the build that it gets."""
     multifd: bool = False
     """Both QEMUs can copy over several connections."""
+    disks: tuple[disk_pb2.DiskMove, ...] = ()
+    """What is done with its disks; the XML does not have that yet."""
 
 
 class Arrivals:
     """Judges guests from elsewhere and makes their XML ours."""
 
-    def __init__(self, survey: Survey, emulators: Emulators, display_address: str) -> None:
+    def __init__(self, survey: Survey, emulators: Emulators, display_address: str, disks: DiskPlans) -> None:
         """`display_address`: where displays listen that listened on one address of the source."""
         self._survey = survey
         self._emulators = emulators
         self._display_address = display_address
+        self._disks = disks
 
     async def examine(
         self,
@@ -43,8 +48,10 @@ class Arrivals:
         method: pb.TransferMethod.ValueType = pb.TRANSFER_METHOD_TCP,
         emulator: str = "",
         cpr_socket: str = "",
+        *,
+        fast: bool = False,
     ) -> Arrival:
-        """The guest's XML for here. `emulator`: name of the build that it shall get.
+        """The guest's XML for here. `emulator`: name of the build that it shall get; `fast`: disks are pulled.
 
         Raises PreconditionError or ExhaustedError with every reason why it can't come, and as Survey.host_facts does.
         """
@@ -60,6 +67,7 @@ class Arrivals:
         refused = refusal(destination_obstacles(domain, facts))
         if refused is not None:
             raise refused
+        moves = () if local else await self._disks.plan(domain.name, guest.disks, fast=fast)
         build = (
             next((build for build in self._emulators.builds if build.name == emulator), None)
             if emulator
@@ -80,4 +88,4 @@ class Arrivals:
         )
         persistent = persistent_xml(guest.persistent_xml, changes) if guest.persistent_xml else ""
         multifd = all(has_multifd(release) for release in (domain.qemu_release, build.release))
-        return Arrival(destination_xml(guest.live_xml, changes), persistent, no_cpr, multifd)
+        return Arrival(destination_xml(guest.live_xml, changes), persistent, no_cpr, multifd, moves)

@@ -105,6 +105,21 @@ class NoCompanions:
         return ()
 
 
+class AllCompanions:
+    """Those of several parts of the agent."""
+
+    def __init__(self, *parts: Companions) -> None:
+        self._parts = parts
+
+    def of_source(self, handoff: Handoff, slot: Slot) -> Sequence[SourceCompanion]:
+        """All of theirs."""
+        return [companion for part in self._parts for companion in part.of_source(handoff, slot)]
+
+    def of_destination(self, handoff: Handoff, slot: Slot) -> Sequence[DestinationCompanion]:
+        """All of theirs."""
+        return [companion for part in self._parts for companion in part.of_destination(handoff, slot)]
+
+
 async def together(work: Iterable[Work]) -> None:
     """Does it all at once. The first failure is raised, after the rest was cancelled."""
     tasks = [asyncio.create_task(_as_told(each)) for each in work]

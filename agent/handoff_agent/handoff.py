@@ -3,13 +3,15 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypedDict, Unpack
 
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from handoff.agent.v1 import disk_pb2
 from handoff.agent.v1 import qemu_pb2 as pb
+from handoff_agent.disks.moves import moves_of
 from handoff_agent.ledger import Record
 from handoff_agent.rules import HELD, Answer, Call, State, judge, state_name
 from handoff_common.errors import PreconditionError
@@ -42,6 +44,10 @@ class Changes(TypedDict, total=False):
     never_ran: bool
     running_s: float
     call_to_running_ms: float
+    disks: tuple[str, ...]
+    images: tuple[str, ...]
+    pulling: bool
+    keep_disks: bool
 
 
 class Handoff:
@@ -51,6 +57,7 @@ class Handoff:
         self.record = record
         self.lock = asyncio.Lock()
         self.progress: pb.TransferProgress | None = None
+        self.disk_progress: Sequence[disk_pb2.DiskProgress] = ()
         self._save = save
         self._notify = notify
         self._changed = asyncio.Event()
@@ -88,6 +95,14 @@ class Handoff:
         waiting.set()
         self._notify(self.record.migration_id)
 
+    def _progress(self) -> pb.TransferProgress | None:
+        if not self.disk_progress:
+            return self.progress
+        progress = pb.TransferProgress(time=timestamp(time.time()), disks=self.disk_progress)
+        if self.progress is not None:
+            progress.MergeFrom(self.progress)
+        return progress
+
     def to_message(self) -> pb.Handoff:
         """The handoff as the API shows it."""
         record = self.record
@@ -99,10 +114,12 @@ class Handoff:
             domain_name=record.domain_name,
             slot=record.slot,
             listen_uri=record.listen_uri,
-            progress=self.progress,
+            progress=self._progress(),
             message=record.message,
             never_ran=record.never_ran,
             was_running=record.was_running,
+            disks=moves_of(record),
+            pulling=record.pulling,
         )
         if record.paused_s:
             message.switch_timings.CopyFrom(

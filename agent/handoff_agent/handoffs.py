@@ -15,6 +15,9 @@ from handoff_agent.arrival import DEFAULT_SLOT, Arrivals
 from handoff_agent.companions import Companions, NoCompanions
 from handoff_agent.departure import Departures
 from handoff_agent.destination import DestinationHandoff, Folder, Listener
+from handoff_agent.disks.moves import recorded
+from handoff_agent.disks.plan import PULL
+from handoff_agent.disks.rewrite import with_disks
 from handoff_agent.handoff import Handoff
 from handoff_agent.handoff_changes import HandoffChanges
 from handoff_agent.ledger import Ledger, Record, TermGuard
@@ -159,7 +162,7 @@ class Handoffs:
                 return handoff.to_message(), guest
         handoff = self.get(migration_id, SOURCE)
         try:
-            guest = await self._departures.read(handoff.record.domain_uuid)
+            guest = await self._departures.read(handoff.record.domain_uuid, local=local)
             guest.autostart = handoff.record.autostart
         except NotFoundError:
             guest = pb.SourceGuest()
@@ -199,17 +202,20 @@ class Handoffs:
         validate_only: bool,
         method: pb.TransferMethod.ValueType = pb.TRANSFER_METHOD_TCP,
         emulator: str = "",
+        fast: bool = False,
     ) -> pb.PrepareDestinationResponse:
         """Begins the destination's side, or answers with the one that there is."""
         slot_name = slot_name or DEFAULT_SLOT
         folder = self._sockets.folder(migration_id)
         if validate_only:
-            arrival = await self._arrivals.examine(guest, slot_name, method, emulator)
-            return pb.PrepareDestinationResponse(cpr_obstacles=arrival.cpr_obstacles)
+            arrival = await self._arrivals.examine(guest, slot_name, method, emulator, fast=fast)
+            return pb.PrepareDestinationResponse(
+                handoff=pb.Handoff(disks=arrival.disks), cpr_obstacles=arrival.cpr_obstacles
+            )
         async with self._preparing:
             if not self._proceeds(migration_id, DESTINATION):
                 return pb.PrepareDestinationResponse(handoff=self.get(migration_id, DESTINATION).to_message())
-            arrival = await self._arrivals.examine(guest, slot_name, method, emulator, cpr_socket(folder))
+            arrival = await self._arrivals.examine(guest, slot_name, method, emulator, cpr_socket(folder), fast=fast)
             record = Record(
                 migration_id=migration_id,
                 role=DESTINATION,
@@ -219,7 +225,9 @@ class Handoffs:
                 slot=slot_name,
                 was_running=guest.domain.state == types.DOMAIN_STATE_RUNNING,
                 autostart=guest.autostart,
-                persistent_xml=arrival.persistent_xml,
+                persistent_xml=with_disks(arrival.persistent_xml, arrival.disks, running=False),
+                disks=recorded(arrival.disks),
+                pulling=any(move.strategy == PULL for move in arrival.disks),
                 changed_s=time.time(),
             )
             handoff = self._make_destination(record, self._hypervisor.slot(slot_name))

@@ -62,6 +62,15 @@ class Record:
     running_s: float = 0.0
     call_to_running_ms: float = 0.0
 
+    disks: tuple[str, ...] = ()
+    """The plan for its disks: DiskMove messages as JSON; see disks/moves.py."""
+    images: tuple[str, ...] = ()
+    """Destination: paths of the images that were made for it, which go when the handoff is undone."""
+    pulling: bool = False
+    """Destination: some disk still needs the source's."""
+    keep_disks: bool = False
+    """Source: the images of its disks stay when it is released."""
+
     @property
     def passes_on(self) -> bool:
         """Source: the memory is passed on by descriptor, not copied."""
@@ -110,6 +119,8 @@ class Ledger:
 def _parse(text: str) -> Record:
     values = json.loads(text)
     known = {field.name for field in dataclasses.fields(Record)}
+    for key, value in values.items():
+        values[key] = tuple(value) if isinstance(value, list) else value
     return Record(**{key: value for key, value in values.items() if key in known})
 
 

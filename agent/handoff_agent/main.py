@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final
@@ -14,6 +15,10 @@ from handoff_agent.arrival import Arrivals
 from handoff_agent.departure import Departures
 from handoff_agent.destination import Listener
 from handoff_agent.disk_service import DiskService
+from handoff_agent.disks.companions import DiskCompanions
+from handoff_agent.disks.destination import StorageSettings
+from handoff_agent.disks.plans import DiskPlans
+from handoff_agent.disks.storage_daemon import Address
 from handoff_agent.emulators import CAPABILITIES_TIMEOUT_S, DomainCapabilities, Emulators
 from handoff_agent.flow_service import FlowService
 from handoff_agent.handoff_changes import HandoffChanges
@@ -36,6 +41,7 @@ log = structlog.get_logger()
 
 SERVICES: Final = tuple(f"handoff.agent.v1.{name}Service" for name in ("Host", "Qemu", "Disk", "Flow"))
 CONNECT_TIMEOUT_S: Final = 10.0
+STORAGE_THREADS: Final = 4
 
 
 @click.command()
@@ -70,15 +76,23 @@ async def serve(settings: AgentSettings) -> None:
         survey = Survey(settings, hypervisor, emulators, inventory)
         stack.callback(survey.close)
         changes = HandoffChanges()
+        storage = ThreadPoolExecutor(STORAGE_THREADS, "storage")
+        stack.callback(storage.shutdown, wait=False, cancel_futures=True)
         handoffs = Handoffs(
             hypervisor,
             Departures(hypervisor, inventory, survey, settings.shared_paths),
-            Arrivals(survey, emulators, settings.graphics_address or settings.migration_address),
+            Arrivals(
+                survey,
+                emulators,
+                settings.graphics_address or settings.migration_address,
+                DiskPlans(settings.name, settings.host_type, settings.place_of_disks(), storage),
+            ),
             Listener(settings.migration_address, *settings.migration_ports),
             LocalSockets(settings.runtime_dir, settings.qemu_user),
             Ledger(settings.state_dir),
             TermGuard(settings.state_dir),
             changes,
+            DiskCompanions(_storage_settings(settings), storage),
         )
         await handoffs.open()
         stack.push_async_callback(handoffs.close)
@@ -102,6 +116,14 @@ async def serve(settings: AgentSettings) -> None:
         await until_stopped()
         notify_systemd("STOPPING=1")
         log.info("agent stops")
+
+
+def _storage_settings(settings: AgentSettings) -> StorageSettings:
+    return StorageSettings(
+        folder=settings.runtime_dir / "storage",
+        address=Address(settings.migration_address, *settings.migration_ports),
+        owner=settings.qemu_user,
+    )
 
 
 def _capabilities_of(slot: Slot) -> DomainCapabilities:

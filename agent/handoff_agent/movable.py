@@ -124,7 +124,7 @@ def _disk_obstacles(root: etree._Element, is_shared: IsShared) -> Iterator[str]:
         if not top.source:
             continue
         if is_local(top, is_shared):
-            yield _local_medium(target, device, top.kind, top.source)
+            continue  # for the planner of disks: disks/plan.py
         for layer in backing:
             if is_local(layer, is_shared):
                 yield (
@@ -190,19 +190,6 @@ def _slot_obstacles(root: etree._Element) -> Iterator[str]:
     for path in paths:
         if path.startswith(_SLOT_FOLDERS):
             yield f"{path} is in a folder that each slot has for itself; move it elsewhere, and change the definition"
-
-
-def _local_medium(target: str, device: str, kind: str, source: str) -> str:
-    if device in ("cdrom", "floppy"):
-        return f"{device} {target} has a local medium ({source}); eject it (virsh change-media {target} --eject)"
-    what = {"file": "a local file", "block": "a local block device", "dir": "a local folder"}.get(
-        kind, f"a {kind} device of this host"
-    )
-    return (
-        f"disk {target} is {what} ({source}): copying disks is not built yet; only shared and network disks can be"
-        " handed over. If other hosts see the same bytes there, list the folder in shared_paths of the agent's"
-        " configuration"
-    )
 
 
 def _hostdev_obstacles(root: etree._Element) -> Iterator[str]:

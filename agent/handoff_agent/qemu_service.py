@@ -119,6 +119,7 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
                 validate_only=request.validate_only,
                 method=request.method,
                 emulator=request.emulator,
+                fast=request.fast,
             )
         )
 
@@ -136,6 +137,7 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
                 ConvergenceSettings(limits.downtime_limit_ms or DEFAULT_DOWNTIME_LIMIT_MS),
                 limits.bandwidth_bytes_per_s,
                 deadline_s or DEFAULT_SWITCH_DEADLINE_S,
+                request.disks,
             )
         )
         return pb.StartTransferResponse(handoff=source.to_message())
@@ -164,7 +166,7 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
         """Destroys the held copy."""
         await self._handoffs.admit(request.fence)
         source = self._handoffs.source(request.migration_id, Call.RELEASE)
-        await self._to_the_end(source.release())
+        await self._to_the_end(source.release(keep_disks=request.keep_disks))
         return pb.ReleaseSourceResponse(handoff=source.to_message())
 
     async def FinalizeDestination(  # noqa: N802

@@ -2,9 +2,11 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
+from handoff_agent.disks.plan import Place
 from handoff_common.config import Settings
 from handoff_common.logs import LogFormat
 
@@ -25,6 +27,13 @@ class EmulatorSettings(Settings):
     path: str = Field(description="the binary")
 
 
+class HostTypeSettings(Settings):
+    """Where hosts of one type keep disks that are local to them."""
+
+    folder: str = Field(default="", pattern="^(/.*)?$", description="folder of their images; default: as at the source")
+    format: Literal["", "raw", "qcow2"] = Field(default="", description="their format; default: as at the source")
+
+
 class AgentSettings(Settings):
     """Everything that an agent is told."""
 
@@ -40,6 +49,10 @@ class AgentSettings(Settings):
     runtime_dir: Path = Field(default=Path("/run/handoff"), description="sockets of upgrades, seen by all slots")
     qemu_user: str = Field(default="root", description="user that libvirt runs QEMU as; owns the sockets of upgrades")
     shared_paths: tuple[str, ...] = Field(default=(), description="directories with the same content on other hosts")
+    host_type: str = Field(default="standard", description='what kind of host this is: "standard", "ssd", "ark"…')
+    host_types: dict[str, HostTypeSettings] = Field(
+        default={}, description="where local disks of guests that come here are kept, by type of host"
+    )
     memory_mib: int | None = Field(
         default=None, gt=0, description="memory that guests may use; default: all but 1 GiB of the machine's"
     )
@@ -53,6 +66,11 @@ class AgentSettings(Settings):
     emulators: tuple[EmulatorSettings, ...] = Field(default=(), description="QEMU builds; probed at start")
     log_format: LogFormat = "json"
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+
+    def place_of_disks(self) -> Place:
+        """Where this host keeps local disks."""
+        kept = self.host_types.get(self.host_type, HostTypeSettings())
+        return Place(folder=kept.folder, format=kept.format)
 
     def guest_memory_bytes(self) -> int:
         """Memory that guests may use, in bytes."""

@@ -19,11 +19,13 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Final
 
+from handoff.agent.v1.disk_pb2 import DiskMove
 from handoff_agent.breaker import CANCEL_TIMEOUT_S, RETRY_S, Breaker
 from handoff_agent.channels import LocalChannels
 from handoff_agent.companions import SourceCompanion, each, together
 from handoff_agent.convergence import ConvergenceSettings
 from handoff_agent.copying import Copying
+from handoff_agent.disks.moves import recorded
 from handoff_agent.domains import end_domain, is_active, is_running, run_again, undefine
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Changes, Handoff, Notify, Save
@@ -96,7 +98,14 @@ class SourceHandoff(Handoff):
 
     # The leader's calls. Each holds the lock, and is repeatable.
 
-    async def start_transfer(self, uri: str, limits: ConvergenceSettings, bandwidth: int, deadline_s: float) -> None:
+    async def start_transfer(
+        self,
+        uri: str,
+        limits: ConvergenceSettings,
+        bandwidth: int,
+        deadline_s: float,
+        disks: Sequence[DiskMove] = (),
+    ) -> None:
         """Begins to send to `uri`; on return QEMU sends, or the handoff has FAILED, or its companions are at work."""
         async with self.lock:
             if not self.permits(Call.START_TRANSFER):
@@ -108,6 +117,7 @@ class SourceHandoff(Handoff):
                 switch_deadline_s=deadline_s,
                 transfer_uri=uri,
                 started_s=time.time(),
+                disks=recorded(disks) if disks else self.record.disks,
             )
             self._set_out()
             under_way = asyncio.Event()
@@ -122,11 +132,15 @@ class SourceHandoff(Handoff):
             await asyncio.gather(self.change(state=SWITCHING), self._order())
             self._wake_up()
 
-    async def release(self) -> None:
-        """Destroys the held copy and undefines the guest here. Raises what a companion raises; repeat it then."""
+    async def release(self, *, keep_disks: bool = False) -> None:
+        """Destroys the held copy and undefines the guest here. Raises what a companion raises; repeat it then.
+
+        `keep_disks`: images that were copied stay.
+        """
         async with self.lock:
             if not self.permits(Call.RELEASE):
                 return
+            await self.change(keep_disks=keep_disks)
             await end_domain(self._slot, self.record.domain_uuid)
             await undefine(self._slot, self.record.domain_uuid)
             await each((companion.released() for companion in self.companions), self.log)
@@ -217,7 +231,8 @@ class SourceHandoff(Handoff):
             self._breaker.break_off(reason)
 
     def _on_break(self) -> None:
-        if self._pausing is not None:
+        # Without a STOP, too: QEMU may wait for what a companion alone can end.
+        if self.companions:
             self._start_back()
         self._wake_up()
 

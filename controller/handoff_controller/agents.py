@@ -1,12 +1,13 @@
 """Calls to the agents: typed, each with its deadline, errors as HandoffError."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import grpc
 import grpc.aio
 
+from handoff.agent.v1.disk_pb2 import DiskMove
 from handoff.agent.v1.host_pb2 import GetHostRequest, Host, WatchEventsRequest, WatchEventsResponse
 from handoff.agent.v1.host_pb2_grpc import HostServiceStub
 from handoff.agent.v1.qemu_pb2 import (
@@ -62,10 +63,13 @@ class Agent(Protocol):
         validate_only: bool = False,
         method: "TransferMethod.ValueType" = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
+        fast: bool = False,
     ) -> Handoff:
         """PrepareDestination."""
 
-    async def start_transfer(self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits) -> Handoff:
+    async def start_transfer(
+        self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits, disks: Sequence[DiskMove] = ()
+    ) -> Handoff:
         """StartTransfer."""
 
     async def switch_over(self, fence: Fence, migration_id: str) -> Handoff:
@@ -74,7 +78,7 @@ class Agent(Protocol):
     async def activate(self, fence: Fence, migration_id: str) -> Handoff:
         """Activate."""
 
-    async def release_source(self, fence: Fence, migration_id: str) -> Handoff:
+    async def release_source(self, fence: Fence, migration_id: str, *, keep_disks: bool = False) -> Handoff:
         """ReleaseSource."""
 
     async def finalize_destination(self, fence: Fence, migration_id: str) -> Handoff:
@@ -153,6 +157,7 @@ class GrpcAgent:
         validate_only: bool = False,
         method: "TransferMethod.ValueType" = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
+        fast: bool = False,
     ) -> Handoff:
         """PrepareDestination."""
         request = PrepareDestinationRequest(
@@ -163,13 +168,16 @@ class GrpcAgent:
             validate_only=validate_only,
             method=method,
             emulator=emulator,
+            fast=fast,
         )
         response = await self._answer(lambda: self._qemu.PrepareDestination(request, timeout=DOMAIN_S))
         return response.handoff
 
-    async def start_transfer(self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits) -> Handoff:
+    async def start_transfer(
+        self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits, disks: Sequence[DiskMove] = ()
+    ) -> Handoff:
         """StartTransfer."""
-        request = StartTransferRequest(fence=fence, migration_id=migration_id, uri=uri, limits=limits)
+        request = StartTransferRequest(fence=fence, migration_id=migration_id, uri=uri, limits=limits, disks=disks)
         response = await self._answer(lambda: self._qemu.StartTransfer(request, timeout=ORDER_S))
         return response.handoff
 
@@ -185,9 +193,9 @@ class GrpcAgent:
         response = await self._answer(lambda: self._qemu.Activate(request, timeout=ORDER_S))
         return response.handoff
 
-    async def release_source(self, fence: Fence, migration_id: str) -> Handoff:
+    async def release_source(self, fence: Fence, migration_id: str, *, keep_disks: bool = False) -> Handoff:
         """ReleaseSource."""
-        request = ReleaseSourceRequest(fence=fence, migration_id=migration_id)
+        request = ReleaseSourceRequest(fence=fence, migration_id=migration_id, keep_disks=keep_disks)
         response = await self._answer(lambda: self._qemu.ReleaseSource(request, timeout=DOMAIN_S))
         return response.handoff
 

@@ -81,7 +81,10 @@ class Conductor:
         await self._adopted.wait()
         if request.request_id and (known := await self._store.find_migration(request.request_id)) is not None:
             return known
-        migration = await self._store.create(await self._planned(request))
+        planned = await self._planned(request)
+        if isinstance(request, CreateMigrationRequest) and request.validate_only:
+            return planned
+        migration = await self._store.create(planned)
         self._start(migration)
         await self._admit()
         return migration

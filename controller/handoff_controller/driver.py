@@ -6,7 +6,7 @@ after it there is only forward, and what goes wrong becomes a warning.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 import structlog
 
+from handoff.agent.v1.disk_pb2 import DiskMove
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState, TransferLimits, TransferProgress
 from handoff.agent.v1.types_pb2 import Fence
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind
@@ -276,6 +277,7 @@ class Driver:
         if handoff.state == HandoffState.HANDOFF_STATE_FAILED:
             raise StepFailed(f"{self.migration.destination.host}: {handoff.message}")
         self.migration.listen_uri = handoff.listen_uri
+        set_disks(self.migration, handoff.disks)
 
     async def _listening(self) -> Handoff:
         """PrepareDestination. An agent that was restarted in the middle of it has first to undo what it began."""
@@ -286,6 +288,7 @@ class Driver:
             self.migration.destination.slot,
             method=self.migration.method,
             emulator=self.migration.release,
+            fast=self.migration.options.fast,
         )
         if handoff.state == HandoffState.HANDOFF_STATE_PREPARED and not handoff.listen_uri:
             raise UnavailableError(f"{self.migration.destination.host}: the incoming domain is not ready yet")
@@ -299,7 +302,9 @@ class Driver:
             switch_deadline=options.switch_deadline,
         )
         await self._insist(
-            lambda: self._source.start_transfer(self._fence, self.migration.id, self.migration.listen_uri, limits),
+            lambda: self._source.start_transfer(
+                self._fence, self.migration.id, self.migration.listen_uri, limits, self.migration.disks
+            ),
             PATIENCE_S[State.COPYING],
         )
 
@@ -428,7 +433,11 @@ class Driver:
 
     async def _release_source(self) -> None:
         released = await self._try(
-            "release", self.migration.source.host, lambda: self._source.release_source(self._fence, self.migration.id)
+            "release",
+            self.migration.source.host,
+            lambda: self._source.release_source(
+                self._fence, self.migration.id, keep_disks=self.migration.options.keep_source_disks
+            ),
         )
         if released is not None:
             # QEMU's final figures come after "held", when nobody waits for them.
@@ -488,6 +497,12 @@ class Driver:
     def _warn(self, warning: str) -> None:
         if warning not in self.migration.warnings:
             self.migration.warnings.append(warning)
+
+
+def set_disks(migration: Migration, disks: Iterable[DiskMove]) -> None:
+    """Puts the plan for the disks into a record."""
+    del migration.disks[:]
+    migration.disks.extend(disks)
 
 
 def _committed(migration: Migration) -> str:

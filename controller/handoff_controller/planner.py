@@ -143,10 +143,16 @@ class Planner:
             raise host
         if isinstance(guest, BaseException):
             raise guest
-        await destination.prepare_destination(
-            self._fence, migration.id, guest, migration.destination.slot, validate_only=True
+        handoff = await destination.prepare_destination(
+            self._fence,
+            migration.id,
+            guest,
+            migration.destination.slot,
+            validate_only=True,
+            fast=migration.options.fast,
         )
         migration.volumes.extend(network_volumes(guest.domain.disks))
+        migration.disks.extend(handoff.disks)
 
     def _check_free(self, guest: Guest, destination: str) -> None:
         if guest.owner.host == destination:

@@ -7,6 +7,7 @@ import structlog
 
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState
 from handoff.agent.v1.types_pb2 import Fence
+from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_common.errors import HandoffError
 from handoff_controller.agents import GrpcAgent
 from handoff_controller.machine import State, state_of
@@ -45,7 +46,7 @@ class Settler:
         if migration is None:
             log.error("a handoff without a record", host=agent.name, migration=handoff.migration_id)
             return
-        order = self._order(agent, handoff, state_of(migration))
+        order = self._order(agent, handoff, migration)
         if order is not None:
             settled = await order()
             log.info(
@@ -55,13 +56,14 @@ class Settler:
                 state=HandoffState.Name(settled.state),
             )
 
-    def _order(self, agent: GrpcAgent, handoff: Handoff, state: State) -> Callable[[], Awaitable[Handoff]] | None:
+    def _order(self, agent: GrpcAgent, handoff: Handoff, migration: Migration) -> Callable[[], Awaitable[Handoff]] | None:
         """What the final state of a migration means for one side of it."""
-        migration_id, role = handoff.migration_id, handoff.role
+        state, migration_id, role = state_of(migration), handoff.migration_id, handoff.role
         if state is State.ABORTED:
             return lambda: agent.abort(self._fence, migration_id, role, "the migration was aborted")
         if state is not State.DONE:
             return None
         if role == HandoffRole.HANDOFF_ROLE_SOURCE:
-            return lambda: agent.release_source(self._fence, migration_id)
+            keep_disks = migration.options.keep_source_disks
+            return lambda: agent.release_source(self._fence, migration_id, keep_disks=keep_disks)
         return lambda: agent.finalize_destination(self._fence, migration_id)

@@ -66,16 +66,6 @@ async def test_no_memory_there(moves: Moves, guests: Guests, fleet: Fleet) -> No
     assert await unsettled(fleet, "h2") == []
 
 
-async def test_a_local_disk_is_not_built_yet(moves: Moves, guests: Guests) -> None:
-    await asyncio.to_thread(
-        guests.create, "pinned", "h1", 128, 1, ("size=64M,format=qcow2,place=local",), "none", False
-    )
-    await moves.known("pinned")
-    with refused(grpc.StatusCode.FAILED_PRECONDITION, "vda", "local", "not built yet"):
-        await moves.create("pinned", "h2")
-    assert await asyncio.to_thread(guests.running_on, "pinned")
-
-
 async def test_a_second_migration_of_the_same_guest(subject: Subject) -> None:
     there = await subject.away()
     first = await subject.moves.create(subject.name, there, MigrationOptions(bandwidth_bytes_per_s=4 << 20))

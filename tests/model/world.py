@@ -266,13 +266,16 @@ class FakeAgent:
         validate_only: bool = False,
         method: pb.TransferMethod.ValueType = pb.TRANSFER_METHOD_TCP,
         emulator: str = "",
+        fast: bool = False,
     ) -> pb.Handoff:
         if validate_only:
             await self._network.ask(self.name)
             return await self._host.validate_destination()
         return await self._network.order(self.name, lambda: self._host.prepare_destination(fence, migration_id))
 
-    async def start_transfer(self, fence: Fence, migration_id: str, uri: str, limits: pb.TransferLimits) -> pb.Handoff:
+    async def start_transfer(
+        self, fence: Fence, migration_id: str, uri: str, limits: pb.TransferLimits, disks: object = ()
+    ) -> pb.Handoff:
         return await self._network.order(self.name, lambda: self._host.start_transfer(fence, migration_id, uri))
 
     async def switch_over(self, fence: Fence, migration_id: str) -> pb.Handoff:
@@ -281,7 +284,7 @@ class FakeAgent:
     async def activate(self, fence: Fence, migration_id: str) -> pb.Handoff:
         return await self._network.order(self.name, lambda: self._host.activate(fence, migration_id))
 
-    async def release_source(self, fence: Fence, migration_id: str) -> pb.Handoff:
+    async def release_source(self, fence: Fence, migration_id: str, *, keep_disks: bool = False) -> pb.Handoff:
         return await self._network.order(self.name, lambda: self._host.release_source(fence, migration_id))
 
     async def finalize_destination(self, fence: Fence, migration_id: str) -> pb.Handoff:

@@ -11,6 +11,7 @@ from handoff_cli.exits import Exit
 from handoff_cli.follow import follow, print_result
 from handoff_cli.options import Common, common_options, duration, rate
 from handoff_cli.output import print_answer
+from handoff_cli.render.disks import plan_view
 from handoff_cli.render.migrations import started_sentence
 from handoff_cli.run import run, say_note
 from handoff_cli.states import is_final
@@ -50,6 +51,13 @@ def checked_id(ctx: click.Context, param: click.Parameter, value: str | None) ->
     "--timeout", type=duration, metavar="TIME", help="Longest time until the switch, then it is undone. Default: 30m."
 )
 @click.option(
+    "--fast", is_flag=True, help="Local disks: the guest moves at once and the rest is pulled after it, while it runs."
+)
+@click.option("--keep-source-disks", is_flag=True, help="Leave the copied disks' images at the source when it is done.")
+@click.option(
+    "--dry-run", is_flag=True, help="Only say what would be done with each disk, and why; nothing is touched."
+)
+@click.option(
     "--request-id",
     metavar="ID",
     callback=checked_id,
@@ -65,6 +73,9 @@ def command(
     downtime_limit: int | None,
     switch_deadline: float | None,
     timeout: float | None,
+    fast: bool,
+    keep_source_disks: bool,
+    dry_run: bool,
     request_id: str | None,
 ) -> None:
     """Move a running guest to another host.
@@ -73,11 +84,14 @@ def command(
     status 0 means that the guest runs on HOST, and 1 that the move was undone and the guest is where it was.
     TIME is in seconds, or a number with ms, s, m or h.
     """
+    options = migration_options(bandwidth, downtime_limit, switch_deadline, timeout)
+    options.fast, options.keep_source_disks = fast, keep_source_disks
     request = CreateMigrationRequest(
         guest=guest,
         destination_host=host,
-        options=migration_options(bandwidth, downtime_limit, switch_deadline, timeout),
+        options=options,
         request_id=request_id or new_request_id(now()),
+        validate_only=dry_run,
     )
     accepted = False
 
@@ -87,6 +101,9 @@ def command(
             migration = await controllers.create(request)
         except DeadlineError as error:
             raise DeadlineError(f"{error.message}. {_unknown(request)}") from error
+        if dry_run:
+            print_answer(common, migration, lambda: plan_view(migration))
+            return Exit.OK
         accepted = True
         if wait:
             return await follow(controllers, migration.id, common.output, last_only=True)

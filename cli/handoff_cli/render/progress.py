@@ -8,8 +8,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from handoff.agent.v1.disk_pb2 import DiskPhase
 from handoff.agent.v1.qemu_pb2 import TransferProgress
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationState, StateChange
+from handoff_cli.render.disks import disk_facts
 from handoff_cli.render.migrations import lasted_s
 from handoff_cli.render.parts import migration_state_text, moment, route, state_text
 from handoff_cli.states import is_final, migration_state
@@ -20,7 +22,8 @@ COPIES = frozenset({MigrationState.MIGRATION_STATE_COPYING, MigrationState.MIGRA
 
 def progress_facts(progress: TransferProgress) -> tuple[str, ...]:
     """What one reading says, piece by piece."""
-    return (*copy_facts(progress), *guest_facts(progress))
+    memory = (*copy_facts(progress), *guest_facts(progress)) if progress.ram_total_bytes else ()
+    return (*disk_facts(progress.disks), *memory)
 
 
 def copy_facts(progress: TransferProgress) -> Iterator[str]:
@@ -45,7 +48,10 @@ def guest_facts(progress: TransferProgress) -> Iterator[str]:
 
 def has_progress(migration: Migration) -> bool:
     """Whether there is a reading that says something about the state that it is in."""
-    return migration.state in COPIES and migration.progress.ram_total_bytes > 0
+    progress = migration.progress
+    if migration.state == MigrationState.MIGRATION_STATE_FINISHING:
+        return any(disk.phase == DiskPhase.DISK_PHASE_PULLING for disk in progress.disks)
+    return migration.state in COPIES and (progress.ram_total_bytes > 0 or len(progress.disks) > 0)
 
 
 def change_line(change: StateChange) -> Text:
@@ -72,6 +78,9 @@ def live_view(migration: Migration, now: datetime) -> RenderableType:
     if not has_progress(migration):
         return head
     progress = migration.progress
+    disks = [Text(f"  {fact}") for fact in disk_facts(progress.disks)]
+    if not progress.ram_total_bytes or migration.state not in COPIES:
+        return Group(head, *disks)
     copied = max(0, progress.ram_total_bytes - progress.ram_remaining_bytes)
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
@@ -82,4 +91,4 @@ def live_view(migration: Migration, now: datetime) -> RenderableType:
     lines = [", ".join(copy_facts(progress)), ", ".join(guest_facts(progress))]
     if progress.decision:
         lines.append(f"policy: {progress.decision}")
-    return Group(head, bar, *(Text(f"  {line}") for line in lines if line))
+    return Group(head, *disks, bar, *(Text(f"  {line}") for line in lines if line))

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind, MigrationOptions
+from handoff_cli.render.disks import plan_table
 from handoff_cli.render.migrations import lasted_s
 from handoff_cli.render.parts import migration_state_text, moment, place, state_text, table
 from handoff_cli.render.progress import progress_facts
@@ -26,6 +27,8 @@ from handoff_cli.units import (
 def record(migration: Migration, now: datetime) -> RenderableType:
     """Head, timeline, figures, and what went wrong."""
     parts: list[RenderableType] = [_facts(migration, now), Text(), _timeline(migration, now)]
+    if migration.disks:
+        parts += [Text(), plan_table(migration.disks)]
     figures = tuple(_figures(migration))
     if figures:
         parts += [Text(), _pairs(figures)]
@@ -76,6 +79,10 @@ def _options(options: MigrationOptions) -> str:
     parts = [f"bandwidth {bandwidth}", f"downtime limit {format_ms(options.downtime_limit_ms)}"]
     for name, field in (("switch deadline", options.switch_deadline), ("timeout", options.timeout)):
         parts.append(f"{name} {format_duration(field.ToTimedelta().total_seconds())}")
+    if options.fast:
+        parts.append("fast")
+    if options.keep_source_disks:
+        parts.append("the source's disks are kept")
     return ", ".join(parts)
 
 

@@ -5,6 +5,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import libvirt
@@ -15,6 +16,8 @@ from handoff_agent.companions import Companions, NoCompanions
 from handoff_agent.convergence import ConvergenceSettings
 from handoff_agent.departure import Departures
 from handoff_agent.destination import Listener
+from handoff_agent.disks.plan import Place
+from handoff_agent.disks.plans import DiskPlans
 from handoff_agent.emulators import Emulators
 from handoff_agent.handoff_changes import HandoffChanges
 from handoff_agent.handoffs import Handoffs
@@ -75,7 +78,7 @@ class Upgrade:
         self.handoffs = Handoffs(
             self.hypervisor,
             Departures(self.hypervisor, inventory, survey, ()),
-            Arrivals(survey, self.emulators, "127.0.0.1"),
+            Arrivals(survey, self.emulators, "127.0.0.1", DiskPlans("h1", "standard", Place(), ThreadPoolExecutor(1))),
             Listener("127.0.0.1", 49432, 49440),
             LocalSockets(self.directory / "run", "root"),
             Ledger(self.directory),

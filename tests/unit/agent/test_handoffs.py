@@ -6,6 +6,7 @@ import os
 import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from handoff_agent.arrival import Arrivals
 from handoff_agent.convergence import ConvergenceSettings
 from handoff_agent.departure import Departures
 from handoff_agent.destination import Listener
+from handoff_agent.disks.companions import DiskCompanions
+from handoff_agent.disks.destination import StorageSettings
+from handoff_agent.disks.plans import DiskPlans
+from handoff_agent.disks.storage_daemon import Address
 from handoff_agent.emulators import Emulators
 from handoff_agent.events import ConnectionEvent
 from handoff_agent.handoff_changes import HandoffChanges
@@ -42,7 +47,7 @@ from handoff_agent.rules import (
     Call,
     State,
 )
-from handoff_agent.settings import AgentSettings, EmulatorSettings, SlotSettings
+from handoff_agent.settings import AgentSettings, EmulatorSettings, HostTypeSettings, SlotSettings
 from handoff_agent.slots import Hypervisor, Slot
 from handoff_agent.survey import Survey
 from handoff_common.errors import (
@@ -63,19 +68,25 @@ DEADLINE_S = 2.0
 class Host:
     """One agent's handoffs, without its gRPC server."""
 
-    def __init__(self, name: str, uri: str, state_dir: Path, first_port: int) -> None:
+    def __init__(
+        self, name: str, uri: str, state_dir: Path, first_port: int, disks: HostTypeSettings | None = None
+    ) -> None:
+        """`disks`: where disks are kept that are local to it."""
         self.settings = AgentSettings(
             name=name,
             migration_address="127.0.0.1",
             memory_mib=1024,
+            host_types={"standard": disks or HostTypeSettings()},
             slots={"a": SlotSettings(uri=uri)},
             emulators=(EmulatorSettings(name="new", path=QEMU),),
         )
         self.state_dir = state_dir
-        self.listener = Listener("127.0.0.1", first_port, first_port + 15)
+        self.listener = Listener("127.0.0.1", first_port, first_port + 7)
+        self.storage_address = Address("127.0.0.1", first_port + 8, first_port + 15)
         self.slot = Slot("a", uri)
         self.hypervisor = Hypervisor([self.slot])
         self.emulators = Emulators(self.settings.emulators)
+        self.threads = ThreadPoolExecutor(4)
         self.handoffs: Handoffs
 
     @contextlib.asynccontextmanager
@@ -94,12 +105,18 @@ class Host:
         self.handoffs = Handoffs(
             self.hypervisor,
             Departures(self.hypervisor, inventory, survey, ()),
-            Arrivals(survey, self.emulators, "127.0.0.1"),
+            Arrivals(
+                survey,
+                self.emulators,
+                "127.0.0.1",
+                DiskPlans(self.settings.name, "standard", self.settings.place_of_disks(), self.threads),
+            ),
             self.listener,
             LocalSockets(self.state_dir / "run", "root"),
             Ledger(self.state_dir),
             TermGuard(self.state_dir),
             HandoffChanges(),
+            DiskCompanions(StorageSettings(self.state_dir / "storage", self.storage_address, "root"), self.threads),
         )
         await self.handoffs.open()
 
@@ -119,6 +136,8 @@ class Move:
     source: Host
     target: Host
     guest: str
+    bandwidth: int = 0
+    fast: bool = False
 
     async def until(self, *states: State) -> pb.Handoff:
         """The source's side once it is in one of the states; FAILED ends the wait as well."""
@@ -135,9 +154,12 @@ class Move:
         source = await self.prepare_source()
         if goal == PREPARED:
             return
-        prepared = await self.target.handoffs.prepare_destination(self.id, source, "a", validate_only=False)
+        prepared = await self.target.handoffs.prepare_destination(
+            self.id, source, "a", validate_only=False, fast=self.fast
+        )
         side = self.source.handoffs.source(self.id, Call.START_TRANSFER)
-        await side.start_transfer(prepared.handoff.listen_uri, LIMITS, 0, deadline_s)
+        handoff = prepared.handoff
+        await side.start_transfer(handoff.listen_uri, LIMITS, self.bandwidth, deadline_s, handoff.disks)
         if goal == TRANSFERRING:
             return
         assert (await self.until(READY)).state == READY

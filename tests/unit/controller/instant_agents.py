@@ -55,6 +55,7 @@ class InstantAgent:
         validate_only: bool = False,
         method: TransferMethod.ValueType = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
+        fast: bool = False,
     ) -> Handoff:
         if validate_only:
             return Handoff()
@@ -63,7 +64,9 @@ class InstantAgent:
         handoff.listen_uri = f"tcp:{self.name}:49152"
         return handoff
 
-    async def start_transfer(self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits) -> Handoff:
+    async def start_transfer(
+        self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits, disks: object = ()
+    ) -> Handoff:
         return await self._do("start_transfer", migration_id, HandoffState.HANDOFF_STATE_TRANSFERRING)
 
     async def switch_over(self, fence: Fence, migration_id: str) -> Handoff:
@@ -72,7 +75,7 @@ class InstantAgent:
     async def activate(self, fence: Fence, migration_id: str) -> Handoff:
         return await self._do("activate", migration_id, HandoffState.HANDOFF_STATE_ACTIVE)
 
-    async def release_source(self, fence: Fence, migration_id: str) -> Handoff:
+    async def release_source(self, fence: Fence, migration_id: str, *, keep_disks: bool = False) -> Handoff:
         self._domains.pop(self._moving[migration_id].uuid, None)
         return await self._do("release_source", migration_id, HandoffState.HANDOFF_STATE_RELEASED)
 

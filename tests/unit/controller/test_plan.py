@@ -55,6 +55,7 @@ class Unwilling(InstantAgent):
         validate_only: bool = False,
         method: TransferMethod.ValueType = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
+        fast: bool = False,
     ) -> Handoff:
         if self._full:
             raise ExhaustedError(f"{self.name} has 1 GiB free, web needs 2 GiB")

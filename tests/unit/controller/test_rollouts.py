@@ -68,6 +68,7 @@ class UpgradingAgent(InstantAgent):
         validate_only: bool = False,
         method: TransferMethod.ValueType = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
+        fast: bool = False,
     ) -> Handoff:
         if guest.domain.name in self.fails and not validate_only:
             raise PreconditionError("its QEMU ended")
@@ -81,7 +82,7 @@ class UpgradingAgent(InstantAgent):
             self._moving[migration_id] = moved
         return handoff
 
-    async def release_source(self, fence: Fence, migration_id: str) -> Handoff:
+    async def release_source(self, fence: Fence, migration_id: str, *, keep_disks: bool = False) -> Handoff:
         return await self._do("release_source", migration_id, HandoffState.HANDOFF_STATE_RELEASED)
 
     def begun(self) -> list[str]:

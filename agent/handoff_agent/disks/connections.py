@@ -1,0 +1,35 @@
+"""Ends TCP connections of this host by force: QEMU can't be told anything while it waits for one in its main loop."""
+
+import asyncio
+from typing import Final
+
+import structlog
+
+from handoff_agent.disks.uris import ExportUri
+
+log = structlog.get_logger()
+
+TIMEOUT_S: Final = 2.0
+
+
+async def kill_connections(export: ExportUri) -> None:
+    """Ends this host's connections to an export's port, which only the disks of one handoff use. Failures are logged.
+
+    Needs a kernel with CONFIG_INET_DIAG_DESTROY, as distributions have it.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *("ss", "-K", "-H", "-t", "dst", export.host, "dport", "=", str(export.port)),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            _, stderr = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        log.warning("connections not cut", export=str(export), error="ss hangs")
+        return
+    if process.returncode != 0:
+        log.warning("connections not cut", export=str(export), error=stderr.decode(errors="replace").strip())

@@ -1,0 +1,99 @@
+"""The disks of a guest that comes: images that are made here, and exported to the source until the guest runs.
+
+prepare       images made, exported; the XML names them
+              (the source mirrors into them)
+before_run    the exports are closed: the images are the guest's own
+undo          no export, no image
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from handoff.agent.v1 import disk_pb2 as pb
+from handoff_agent.companions import DestinationCompanion
+from handoff_agent.disks import images
+from handoff_agent.disks.moves import moves_of, recorded
+from handoff_agent.disks.plan import MOVED
+from handoff_agent.disks.rewrite import with_disks
+from handoff_agent.disks.storage_daemon import Address, Export, StorageDaemon, find_binary
+from handoff_agent.guests import parse_domain
+from handoff_agent.handoff import Handoff
+
+
+@dataclass(frozen=True, slots=True)
+class StorageSettings:
+    """What this host does with disks of others."""
+
+    folder: Path
+    """Of the storage daemons, on a memory file system."""
+    address: Address
+    owner: str
+    """User that images belong to."""
+    tls_credentials: str = ""
+    """Folder with x509 credentials for exports; empty: no TLS."""
+
+
+class ArrivingDisks(DestinationCompanion):
+    """The disks of one guest that comes."""
+
+    def __init__(self, handoff: Handoff, settings: StorageSettings, threads: ThreadPoolExecutor) -> None:
+        self._handoff = handoff
+        self._settings = settings
+        self._threads = threads
+        self._daemon = StorageDaemon(settings.folder / handoff.record.migration_id / "images", threads)
+
+    async def prepare(self, xml: str) -> str:
+        """Makes the images and exports them. Raises PreconditionError or ExhaustedError."""
+        moves = moves_of(self._handoff.record)
+        moved = [move for move in moves if move.strategy in MOVED]
+        if not moved:
+            return xml
+        for move in moved:
+            await self._make(move)
+        binary = find_binary(parse_domain(xml).findtext("devices/emulator", "").strip())
+        exports = [Export(self._name(move), move.path, move.format, writable=True) for move in moved]
+        uris = await self._daemon.start(
+            binary, exports, self._settings.address, tls_credentials=self._settings.tls_credentials
+        )
+        for move in moved:
+            move.uri = uris[self._name(move)]
+        await self._handoff.change(disks=recorded(moves))
+        return with_disks(xml, moves, running=True)
+
+    async def before_run(self) -> None:
+        """Closes the exports; the locks of the images are free on return."""
+        await self._daemon.stop()
+
+    async def finalize(self) -> None:
+        """The images are the guest's: nothing of them is ours to remove any more."""
+        await self._daemon.stop()
+
+    async def undo(self) -> None:
+        """Closes the exports and removes the images that were made."""
+        await self._daemon.stop()
+        for path in self._handoff.record.images:
+            await self._blocking(partial(images.remove, path))
+        await self._handoff.change(images=())
+
+    async def _make(self, move: pb.DiskMove) -> None:
+        make = partial(
+            images.create,
+            move.path,
+            move.format,
+            move.virtual_size_bytes,
+            owner=self._settings.owner,
+            cluster_bytes=move.cluster_bytes,
+            base_uri=move.base_uri,
+        )
+        await self._blocking(make)
+        await self._handoff.change(images=(*self._handoff.record.images, move.path))
+
+    def _name(self, move: pb.DiskMove) -> str:
+        return f"{self._handoff.record.migration_id}-{move.target}"
+
+    async def _blocking(self, work: Callable[[], None]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -1,0 +1,195 @@
+"""The disks of a guest that leaves: mirrored into the destination's exports until the guest is paused.
+
+begin       mirrors start; returns when all are in step with the guest
+ordered     the guest's writes wait for the destination: nothing is left when it is paused
+paused      mirrors end, complete
+back        mirrors end, incomplete
+released    the images are removed
+"""
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from handoff.agent.v1 import disk_pb2 as pb
+from handoff_agent.companions import SourceCompanion
+from handoff_agent.disks import images
+from handoff_agent.disks.connections import kill_connections
+from handoff_agent.disks.mirror import JobInfo, Mirror
+from handoff_agent.disks.moves import moves_of
+from handoff_agent.disks.nodes import disk_nodes
+from handoff_agent.disks.pace import Sample, decide, rate_bytes_per_s
+from handoff_agent.disks.plan import MOVED
+from handoff_agent.disks.uris import parse_uri
+from handoff_agent.domains import is_active
+from handoff_agent.guests import parse_domain
+from handoff_agent.handoff import Handoff
+from handoff_agent.monitor import Json, Monitor
+from handoff_agent.slots import Slot
+from handoff_common.errors import PreconditionError
+
+LOOK_INTERVAL_S: Final = 0.5
+FIRST_LOOKS_S: Final = 0.05
+SYNC_PATIENCE_S: Final = 1.0
+SYNC_POLL_S: Final = 0.01
+# A QEMU that waits for a dead link in its main loop does not answer until the link's connections are gone.
+ANSWER_TIMEOUT_S: Final = 1.0
+MAX_SAMPLES: Final = 2000
+
+
+class Urgent:
+    """A guest's monitor, by the lane that is kept free for paused guests."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+
+    async def execute(self, command: str, arguments: Mapping[str, Json] | None = None) -> Json:
+        """As Monitor.execute."""
+        return await self._monitor.execute(command, arguments, urgent=True)
+
+
+class DepartingDisks(SourceCompanion):
+    """The disks of one guest that leaves."""
+
+    def __init__(self, handoff: Handoff, slot: Slot, threads: ThreadPoolExecutor) -> None:
+        self._handoff = handoff
+        self._slot = slot
+        self._threads = threads
+        self._monitor = Urgent(Monitor(slot, handoff.record.domain_uuid))
+        self._samples: dict[str, list[Sample]] = defaultdict(list)
+        self._blocking: set[str] = set()
+        """Disks whose writes wait for the destination."""
+        self._why_blocking: dict[str, str] = {}
+        self._sharing = 0
+        self._began_s = time.monotonic()
+
+    def _moved(self) -> Sequence[pb.DiskMove]:
+        return [move for move in moves_of(self._handoff.record) if move.strategy in MOVED]
+
+    def _mirrors(self) -> Sequence[Mirror]:
+        return [Mirror(self._monitor, move.target) for move in self._moved()]
+
+    async def begin(self) -> None:
+        """Mirrors all disks until they are in step. Raises PreconditionError when one can't be, with QEMU's reason."""
+        moved = self._moved()
+        if not moved:
+            return
+        self._sharing = len(moved)
+        xml = await self._slot.on_domain(self._handoff.record.domain_uuid, lambda domain: domain.XMLDesc(0))
+        nodes = await disk_nodes(self._monitor, parse_domain(xml))
+        can_change = await self._can_change()
+        for move in moved:
+            if move.target not in nodes:
+                raise PreconditionError(f"disk {move.target} is not in QEMU any more")
+            if not can_change:
+                self._blocking.add(move.target)
+                self._why_blocking[move.target] = "this QEMU can't change it later: writes wait for the destination"
+            await Mirror(self._monitor, move.target).begin(
+                nodes[move.target].name,
+                parse_uri(move.uri),
+                speed_bytes_per_s=self._handoff.record.bandwidth_bytes_per_s // len(moved),
+                write_blocking=not can_change,
+            )
+        await self._until_in_step()
+
+    async def ordered(self) -> None:
+        """Makes the guest's writes wait for the destination, and lets what is left be sent. Raises as `begin` does."""
+        mirrors = self._mirrors()
+        if not mirrors:
+            return
+        for mirror in mirrors:
+            _healthy(mirror.target, await mirror.look())
+            await mirror.set_speed(0)
+            if mirror.target not in self._blocking and await mirror.block_writes():
+                self._blocking.add(mirror.target)
+        deadline = time.monotonic() + SYNC_PATIENCE_S
+        for mirror in mirrors:
+            while time.monotonic() < deadline:
+                job = _healthy(mirror.target, await mirror.look())
+                if job.synced or (job.synced is None and job.ready):
+                    break
+                await asyncio.sleep(SYNC_POLL_S)
+        await self._report()
+
+    async def paused(self) -> None:
+        """Ends the mirrors: both sides have the same bytes on return. Raises PreconditionError when one has failed."""
+        await asyncio.gather(*(mirror.complete() for mirror in self._mirrors()))
+
+    async def back(self) -> None:
+        """Ends the mirrors, whatever the state of the link. Raises DeadlineError when QEMU does not let go."""
+        moved = self._moved()
+        if not any(move.uri for move in moved) or not await is_active(self._slot, self._handoff.record.domain_uuid):
+            return
+        cancelling = asyncio.gather(*(mirror.cancel() for mirror in self._mirrors()))
+        await asyncio.wait({asyncio.ensure_future(cancelling)}, timeout=ANSWER_TIMEOUT_S)
+        if not cancelling.done():
+            for move in moved:
+                await kill_connections(parse_uri(move.uri))
+        await cancelling
+        self._handoff.disk_progress = ()
+
+    async def released(self) -> None:
+        """Removes the images, unless they were to be kept. What they were backed by may be others' too, and stays."""
+        if self._handoff.record.keep_disks:
+            return
+        for move in self._moved():
+            await asyncio.get_running_loop().run_in_executor(self._threads, images.remove, move.source)
+
+    async def _can_change(self) -> bool:
+        commands = await self._monitor.execute("query-commands")
+        assert isinstance(commands, Sequence)
+        return any(isinstance(each, Mapping) and each.get("name") == "block-job-change" for each in commands)
+
+    async def _until_in_step(self) -> None:
+        waits_s = FIRST_LOOKS_S
+        while not await self._report():
+            await asyncio.sleep(waits_s)
+            waits_s = min(2 * waits_s, LOOK_INTERVAL_S)
+
+    async def _report(self) -> bool:
+        """Reads all mirrors, slows the guest where it would never end, tells the progress; whether all are in step."""
+        readings = [await self._look_at(mirror) for mirror in self._mirrors()]
+        self._handoff.disk_progress = readings
+        behind = [reading.target for reading in readings if reading.phase == pb.DISK_PHASE_SENDING]
+        await self._share_out(behind)
+        return not behind
+
+    async def _look_at(self, mirror: Mirror) -> pb.DiskProgress:
+        target = mirror.target
+        job = _healthy(target, await mirror.look())
+        samples = self._samples[target]
+        samples.append(Sample(time.monotonic() - self._began_s, job.done_bytes, job.total_bytes, ready=job.ready))
+        del samples[1 : max(1, len(samples) - MAX_SAMPLES)]
+        pace = decide(samples)
+        if pace.write_blocking and target not in self._blocking and await mirror.block_writes():
+            self._blocking.add(target)
+            self._why_blocking[target] = pace.reason
+        return pb.DiskProgress(
+            target=target,
+            phase=pb.DISK_PHASE_IN_STEP if job.ready else pb.DISK_PHASE_SENDING,
+            done_bytes=job.done_bytes,
+            total_bytes=job.total_bytes,
+            bytes_per_s=int(rate_bytes_per_s(samples)),
+            write_blocking=target in self._blocking,
+            decision=self._why_blocking.get(target) or pace.reason,
+        )
+
+    async def _share_out(self, behind: Sequence[str]) -> None:
+        """Those that are behind share the rate that was asked for."""
+        limit = self._handoff.record.bandwidth_bytes_per_s
+        if not limit or len(behind) == self._sharing:
+            return
+        self._sharing = len(behind)
+        for target in behind:
+            await Mirror(self._monitor, target).set_speed(limit // len(behind))
+
+
+def _healthy(target: str, job: JobInfo | None) -> JobInfo:
+    if job is None:
+        raise PreconditionError(f"the copy of disk {target} is gone: somebody has ended its mirror")
+    if job.concluded:
+        raise PreconditionError(f"disk {target} could not be copied: {job.error or 'QEMU gives no reason'}")
+    return job

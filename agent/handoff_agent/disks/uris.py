@@ -1,0 +1,31 @@
+"""Where an export is: "nbd://10.20.0.2:49153/NAME"."""
+
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from handoff_common.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class ExportUri:
+    """An NBD export on a TCP port."""
+
+    host: str
+    port: int
+    name: str
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"nbd://{host}:{self.port}/{self.name}"
+
+
+def parse_uri(uri: str) -> ExportUri:
+    """Reads a URI. Raises InvalidArgumentError."""
+    try:
+        parts = urlsplit(uri)
+        host, port, name = parts.hostname, parts.port, parts.path.removeprefix("/")
+    except ValueError:
+        host, port, name = None, None, ""
+    if host is None or port is None or not name or parts.scheme != "nbd":
+        raise InvalidArgumentError(f"{uri!r} is no export of a disk, such as nbd://10.20.0.2:49153/NAME")
+    return ExportUri(host, port, name)

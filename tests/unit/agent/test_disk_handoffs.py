@@ -1,0 +1,136 @@
+"""A guest with local disks goes from one real libvirtd to another; QEMU 10, the guest is firmware."""
+
+import os
+import subprocess
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import libvirt
+import pytest
+from test_handoffs import MEMORY_MIB, QEMU, Host, Move, _remove
+
+from handoff_agent.monitor import Monitor
+from handoff_agent.rules import (
+    ACTIVE,
+    DESTINATION,
+    FINAL_STATES,
+    FINALIZED,
+    HELD,
+    READY,
+    RELEASED,
+    Call,
+    State,
+)
+from handoff_agent.settings import HostTypeSettings
+
+DATA_MIB = 24
+ZEROS_MIB = 16
+SIZE_MIB = 256
+
+
+def make_image(path: Path, image_format: str) -> None:
+    """Data, then allocated zeros, then a hole."""
+    subprocess.run(["qemu-img", "create", "-q", "-f", image_format, str(path), f"{SIZE_MIB}M"], check=True)
+    writes = ["-c", f"write -P 7 1M {DATA_MIB}M", "-c", f"write -P 0 100M {ZEROS_MIB}M"]
+    subprocess.run(["qemu-io", "-f", image_format, *writes, str(path)], check=True, stdout=subprocess.DEVNULL)
+
+
+def same(one: Path, two: Path) -> bool:
+    compared = subprocess.run(["qemu-img", "compare", str(one), str(two)], check=False, stdout=subprocess.DEVNULL)
+    return compared.returncode == 0
+
+
+def allocated_mib(path: Path) -> float:
+    return path.stat().st_blocks / 2048
+
+
+@pytest.fixture(params=["qcow2-qcow2", "qcow2-raw", "raw-raw", "raw-qcow2"])
+def formats(request: pytest.FixtureRequest) -> tuple[str, str]:
+    here, _, there = str(request.param).partition("-")
+    return here, there
+
+
+@pytest.fixture
+async def move(libvirtd: str, other_libvirtd: str, tmp_path: Path, formats: tuple[str, str]) -> AsyncIterator[Move]:
+    folders = tmp_path / "disks-1", tmp_path / "disks-2"
+    for folder in folders:
+        folder.mkdir()
+    make_image(folders[0] / f"a.{formats[0]}", formats[0])
+    here = HostTypeSettings(folder=str(folders[0]))
+    there = HostTypeSettings(folder=str(folders[1]), format=formats[1])
+    source = Host("h1", libvirtd, tmp_path / "1", 49400, here)
+    target = Host("h2", other_libvirtd, tmp_path / "2", 49416, there)
+    identity, name = str(uuid.uuid4()), f"g-{uuid.uuid4().hex[:6]}"
+    xml = f"""<domain type='qemu'><name>{name}</name><uuid>{identity}</uuid><memory unit='MiB'>{MEMORY_MIB}</memory>
+    <vcpu>1</vcpu><os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features><devices>
+    <emulator>{QEMU}</emulator>
+    <disk type='file' device='disk'><driver name='qemu' type='{formats[0]}' cache='none' discard='unmap'/>
+    <source file='{folders[0]}/a.{formats[0]}'/><target dev='vda' bus='virtio'/></disk>
+    </devices></domain>"""
+    async with source.running(), target.running():
+        await source.slot.call(lambda connection: connection.defineXML(xml).create())
+        yield Move(f"m-{uuid.uuid4().hex[:8]}", source, target, identity)
+        for handoff in target.handoffs.all():
+            if handoff.state not in FINAL_STATES:
+                await target.handoffs.abort(handoff.record.migration_id, DESTINATION, "the test is over")
+        for host in (source, target):
+            for _, domain in await host.hypervisor.list():
+                await host.slot.call(lambda _, domain=domain: _remove(domain))
+
+
+def images(move: Move) -> tuple[list[Path], list[Path]]:
+    one, two = (sorted(Path(host.settings.place_of_disks().folder).iterdir()) for host in (move.source, move.target))
+    return one, two
+
+
+def nothing_left(move: Move) -> bool:
+    """No storage daemon runs, and no folder of one is there."""
+    return not any(list((host.state_dir / "storage").glob("*")) for host in (move.source, move.target))
+
+
+async def left_in_qemu(host: Host, guest: str) -> list[str]:
+    """Jobs and nodes of ours."""
+    monitor = Monitor(host.slot, guest)
+    jobs = cast(list[dict[str, str]], await monitor.execute("query-block-jobs"))
+    nodes = cast(list[dict[str, str]], await monitor.execute("query-named-block-nodes"))
+    return [job["device"] for job in jobs] + [node["node-name"] for node in nodes if "handoff" in node["node-name"]]
+
+
+async def test_a_local_disk_goes_along(move: Move, formats: tuple[str, str]) -> None:
+    before = Path(images(move)[0][0])
+    kept = before.with_name("a.orig")
+    os.link(before, kept)
+    await move.advance(HELD)
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    await destination.activate()
+    assert destination.state == ACTIVE, destination.record.message
+    source = move.source.handoffs.source(move.id, Call.RELEASE)
+    await destination.finalize()
+    await source.release()
+    assert (source.state, destination.state) == (RELEASED, FINALIZED)
+    left, (arrived,) = images(move)
+    assert left == [kept]
+    assert arrived.name == f"a.{formats[1]}"
+    persistent = await move.target.slot.on_domain(move.guest, lambda d: d.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+    assert str(arrived) in persistent
+    await move.target.slot.on_domain(move.guest, lambda d: d.destroy())
+    await move.target.slot.on_domain(move.guest, lambda d: d.create())
+    await move.target.slot.on_domain(move.guest, lambda d: d.destroy())
+    assert same(left[0], arrived)
+    assert allocated_mib(arrived) < DATA_MIB + 2
+    assert nothing_left(move)
+
+
+@pytest.mark.parametrize("stage", [READY, HELD], ids=["ready", "held"])
+async def test_an_abort_leaves_no_image(move: Move, stage: State) -> None:
+    await move.advance(stage)
+    await move.abort()
+    assert await move.is_running(move.source)
+    assert await left_in_qemu(move.source, move.guest) == []
+    assert images(move)[1] == []
+    assert len(images(move)[0]) == 1
+    assert nothing_left(move)
+    await replace(move, id=f"{move.id}-again").advance(HELD)

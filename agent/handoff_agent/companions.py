@@ -1,6 +1,7 @@
 """What goes with a guest beside its memory: disks, switch ports. Each hooks into a handoff as a companion.
 
     source                                          destination
+    prepare()    PrepareSource
                                                     prepare(xml)    before the domain is created
                                                     created()       it exists, paused; its taps are plugged
     begin()      StartTransfer, before `migrate`
@@ -32,6 +33,12 @@ Work: TypeAlias = Coroutine[object, object, None]
 
 class SourceCompanion:
     """One thing that leaves with a guest."""
+
+    async def prepare(self) -> None:
+        """The guest will leave: makes what the destination needs before its domain is created.
+
+        A failure is the handoff's; `back` follows with the abort.
+        """
 
     async def begin(self) -> None:
         """Starts what takes its time, and returns when the memory may follow; a failure is the handoff's.
@@ -81,6 +88,9 @@ class DestinationCompanion:
 
     async def undo(self) -> None:
         """The domain is destroyed: leaves nothing behind. A failure leaves the abort undone, to be repeated."""
+
+    async def detach(self) -> None:
+        """The agent ends: so does all that it does itself; the next one's `running` goes on with it."""
 
 
 class Companions(Protocol):

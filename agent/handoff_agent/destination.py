@@ -164,7 +164,7 @@ class DestinationHandoff(Handoff):
                 await self._run_here(arrived + ACTIVATE_TIMEOUT_S, arrived_s)
             else:
                 await self._keep_paused()
-            if self.state != ACTIVE:
+            if self.state != ACTIVE and not self._ended_here():
                 return
         await asyncio.gather(
             self._monitor.execute("announce-self", _ANNOUNCE), self._tell_running(), return_exceptions=True
@@ -221,6 +221,19 @@ class DestinationHandoff(Handoff):
             await together(companion.created() for companion in self.companions)
             self._knows_created = True
 
+    def _ended_here(self) -> bool:
+        """It may have run, and its disks are what counts now."""
+        return self.state == FAILED and self.record.activating and not self.record.never_ran
+
+    async def _go_on(self) -> None:
+        """What an earlier life of the agent was told when the guest ran."""
+        while True:
+            try:
+                await self._tell_running()
+                return
+            except HandoffError:
+                await asyncio.sleep(WATCH_RETRY_S)
+
     async def _tell_running(self) -> None:
         """Raises the first failure, all of which are logged."""
         if not self._knows_running:
@@ -276,11 +289,14 @@ class DestinationHandoff(Handoff):
         """Notices when the incoming domain goes away before it was activated; also after a restart of the agent."""
         if self.state == PREPARED:
             self._guard = asyncio.create_task(self._watch(), name=f"destination-{self.record.migration_id}")
+        elif self.record.pulling and (self.state == ACTIVE or self._ended_here()):
+            self._guard = asyncio.create_task(self._go_on(), name=f"destination-{self.record.migration_id}")
 
     async def detach(self) -> None:
         """Ends the agent's work on it, for the agent's own end. The domain stays as it is."""
         self._stop_watching()
         await self._stop_starting()
+        await each((companion.detach() for companion in self.companions), self.log)
 
     # Effects.
 

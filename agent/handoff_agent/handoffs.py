@@ -11,11 +11,12 @@ import structlog
 
 from handoff.agent.v1 import qemu_pb2 as pb
 from handoff.agent.v1 import types_pb2 as types
+from handoff.agent.v1.disk_pb2 import DiskMove
 from handoff_agent.arrival import DEFAULT_SLOT, Arrivals
 from handoff_agent.companions import Companions, NoCompanions
 from handoff_agent.departure import Departures
 from handoff_agent.destination import DestinationHandoff, Folder, Listener
-from handoff_agent.disks.moves import recorded
+from handoff_agent.disks.moves import moves_of, recorded, restore_facts
 from handoff_agent.disks.plan import PULL
 from handoff_agent.disks.rewrite import with_disks
 from handoff_agent.handoff import Handoff
@@ -150,25 +151,34 @@ class Handoffs:
     # Beginning and ending.
 
     async def prepare_source(
-        self, migration_id: str, uuid: str, *, validate_only: bool, local: bool = False
+        self,
+        migration_id: str,
+        uuid: str,
+        *,
+        validate_only: bool,
+        local: bool = False,
+        disks: Sequence[DiskMove] = (),
     ) -> tuple[pb.Handoff, pb.SourceGuest]:
-        """Begins the source's side, or answers with the one that there is."""
+        """Begins the source's side, or answers with the one that there is. `disks`: the plan for them."""
         if validate_only:
             self._refuse_second(migration_id, SOURCE, uuid)
             return pb.Handoff(), await self._departures.examine(uuid, local=local)
         async with self._preparing:
             if self._proceeds(migration_id, SOURCE):
-                handoff, guest = await self._begin_source(migration_id, uuid, local=local)
+                handoff, guest = await self._begin_source(migration_id, uuid, local=local, disks=disks)
                 return handoff.to_message(), guest
         handoff = self.get(migration_id, SOURCE)
         try:
             guest = await self._departures.read(handoff.record.domain_uuid, local=local)
             guest.autostart = handoff.record.autostart
+            restore_facts(guest.disks, moves_of(handoff.record))
         except NotFoundError:
             guest = pb.SourceGuest()
         return handoff.to_message(), guest
 
-    async def _begin_source(self, migration_id: str, uuid: str, *, local: bool) -> tuple[Handoff, pb.SourceGuest]:
+    async def _begin_source(
+        self, migration_id: str, uuid: str, *, local: bool, disks: Sequence[DiskMove]
+    ) -> tuple[Handoff, pb.SourceGuest]:
         self._refuse_second(migration_id, SOURCE, uuid)
         guest = await self._departures.examine(uuid, local=local)
         record = Record(
@@ -180,16 +190,20 @@ class Handoffs:
             slot=guest.domain.slot,
             was_running=guest.domain.state == types.DOMAIN_STATE_RUNNING,
             autostart=guest.autostart,
+            disks=recorded(disks),
             changed_s=time.time(),
         )
         await self._save(record)
         handoff = self._make(record)
+        assert isinstance(handoff, SourceHandoff)
         if guest.autostart:
             try:
                 await self._hypervisor.slot(record.slot).on_domain(uuid, lambda domain: domain.setAutostart(0))
             except HandoffError as error:
                 await handoff.change(state=FAILED, message=f"autostart could not be turned off: {error.message}")
                 raise
+        await handoff.prepare()
+        restore_facts(guest.disks, moves_of(handoff.record))
         self._announce(handoff)
         return handoff, guest
 

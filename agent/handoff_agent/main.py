@@ -16,8 +16,8 @@ from handoff_agent.departure import Departures
 from handoff_agent.destination import Listener
 from handoff_agent.disk_service import DiskService
 from handoff_agent.disks.companions import DiskCompanions
-from handoff_agent.disks.destination import StorageSettings
 from handoff_agent.disks.plans import DiskPlans
+from handoff_agent.disks.settings import StorageSettings
 from handoff_agent.disks.storage_daemon import Address
 from handoff_agent.emulators import CAPABILITIES_TIMEOUT_S, DomainCapabilities, Emulators
 from handoff_agent.flow_service import FlowService

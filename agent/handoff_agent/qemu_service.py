@@ -100,6 +100,7 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
                 request.domain_uuid,
                 validate_only=request.validate_only,
                 local=request.local,
+                disks=request.disks,
             )
         )
         return pb.PrepareSourceResponse(handoff=handoff, guest=guest)

@@ -98,6 +98,14 @@ class SourceHandoff(Handoff):
 
     # The leader's calls. Each holds the lock, and is repeatable.
 
+    async def prepare(self) -> None:
+        """Tells the companions; FAILED when one can't, with its reason, which is raised."""
+        try:
+            await together(companion.prepare() for companion in self.companions)
+        except HandoffError as error:
+            await self.change(state=FAILED, message=error.message)
+            raise
+
     async def start_transfer(
         self,
         uri: str,

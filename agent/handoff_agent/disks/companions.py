@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from handoff_agent.companions import DestinationCompanion, SourceCompanion
-from handoff_agent.disks.destination import ArrivingDisks, StorageSettings
+from handoff_agent.disks.destination import ArrivingDisks
+from handoff_agent.disks.settings import StorageSettings
 from handoff_agent.disks.source import DepartingDisks
 from handoff_agent.handoff import Handoff
 from handoff_agent.slots import Slot
@@ -19,8 +20,8 @@ class DiskCompanions:
 
     def of_source(self, handoff: Handoff, slot: Slot) -> Sequence[SourceCompanion]:
         """For a guest that leaves."""
-        return (DepartingDisks(handoff, slot, self._threads),)
+        return (DepartingDisks(handoff, slot, self._settings, self._threads),)
 
     def of_destination(self, handoff: Handoff, slot: Slot) -> Sequence[DestinationCompanion]:
         """For a guest that comes."""
-        return (ArrivingDisks(handoff, self._settings, self._threads),)
+        return (ArrivingDisks(handoff, slot, self._settings, self._threads),)

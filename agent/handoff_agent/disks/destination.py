@@ -3,45 +3,37 @@
 prepare       images made, exported; the XML names them
               (the source mirrors into them)
 before_run    the exports are closed: the images are the guest's own
+running       what they still lack is pulled from the source
 undo          no export, no image
 """
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from handoff.agent.v1 import disk_pb2 as pb
 from handoff_agent.companions import DestinationCompanion
 from handoff_agent.disks import images
 from handoff_agent.disks.moves import moves_of, recorded
-from handoff_agent.disks.plan import MOVED
+from handoff_agent.disks.plan import MOVED, PULL
+from handoff_agent.disks.pull import Pull
 from handoff_agent.disks.rewrite import with_disks
-from handoff_agent.disks.storage_daemon import Address, Export, StorageDaemon, find_binary
+from handoff_agent.disks.settings import StorageSettings
+from handoff_agent.disks.storage_daemon import Export, StorageDaemon, find_binary
 from handoff_agent.guests import parse_domain
 from handoff_agent.handoff import Handoff
-
-
-@dataclass(frozen=True, slots=True)
-class StorageSettings:
-    """What this host does with disks of others."""
-
-    folder: Path
-    """Of the storage daemons, on a memory file system."""
-    address: Address
-    owner: str
-    """User that images belong to."""
-    tls_credentials: str = ""
-    """Folder with x509 credentials for exports; empty: no TLS."""
+from handoff_agent.slots import Slot
+from handoff_common.errors import PreconditionError
 
 
 class ArrivingDisks(DestinationCompanion):
     """The disks of one guest that comes."""
 
-    def __init__(self, handoff: Handoff, settings: StorageSettings, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, handoff: Handoff, slot: Slot, settings: StorageSettings, threads: ThreadPoolExecutor) -> None:
         self._handoff = handoff
+        self._slot = slot
+        self._pulling: asyncio.Task[None] | None = None
         self._settings = settings
         self._threads = threads
         self._daemon = StorageDaemon(settings.folder / handoff.record.migration_id / "images", threads)
@@ -53,6 +45,8 @@ class ArrivingDisks(DestinationCompanion):
         if not moved:
             return xml
         for move in moved:
+            if move.strategy == PULL and not move.base_uri:
+                raise PreconditionError(f"disk {move.target}: its source does not give what it holds; try without fast")
             await self._make(move)
         binary = find_binary(parse_domain(xml).findtext("devices/emulator", "").strip())
         exports = [Export(self._name(move), move.path, move.format, writable=True) for move in moved]
@@ -68,6 +62,20 @@ class ArrivingDisks(DestinationCompanion):
         """Closes the exports; the locks of the images are free on return."""
         await self._daemon.stop()
 
+    async def running(self) -> None:
+        """Begins to pull, and keeps the definition meanwhile: the guest may be shut down and started again."""
+        if not self._handoff.record.pulling or self._pulling is not None:
+            return
+        if xml := self._handoff.record.persistent_xml:
+            await self._slot.call(lambda connection: connection.defineXML(xml))
+        self._pulling = asyncio.create_task(self._pull(), name=f"pull-{self._handoff.record.migration_id}")
+
+    async def detach(self) -> None:
+        """QEMU goes on with a pull; the next agent finds it again."""
+        if self._pulling is not None:
+            self._pulling.cancel()
+            await asyncio.gather(self._pulling, return_exceptions=True)
+
     async def finalize(self) -> None:
         """The images are the guest's: nothing of them is ours to remove any more."""
         await self._daemon.stop()
@@ -78,6 +86,22 @@ class ArrivingDisks(DestinationCompanion):
         for path in self._handoff.record.images:
             await self._blocking(partial(images.remove, path))
         await self._handoff.change(images=())
+
+    async def _pull(self) -> None:
+        record = self._handoff.record
+        readings: dict[str, pb.DiskProgress] = {}
+
+        def report(reading: pb.DiskProgress) -> None:
+            readings[reading.target] = reading
+            self._handoff.disk_progress = tuple(readings.values())
+
+        for move in moves_of(record):
+            if move.strategy == PULL:
+                await Pull(self._slot, record.domain_uuid, move, record.bandwidth_bytes_per_s, self._handoff.log).run(
+                    report
+                )
+        await self._handoff.change(pulling=False)
+        self._handoff.log.info("disks are complete here")
 
     async def _make(self, move: pb.DiskMove) -> None:
         make = partial(

@@ -16,3 +16,16 @@ def moves_of(record: Record) -> tuple[pb.DiskMove, ...]:
 def recorded(moves: Iterable[pb.DiskMove]) -> tuple[str, ...]:
     """The plan as a record keeps it."""
     return tuple(MessageToJson(move, indent=None) for move in moves)
+
+
+def restore_facts(disks: Iterable[pb.DiskFacts], moves: Iterable[pb.DiskMove]) -> None:
+    """Makes the facts of disks that are pulled those of before they got an overlay, with where their base is."""
+    pulled = {move.target: move for move in moves if move.base_uri}
+    for disk in disks:
+        move = pulled.get(disk.target)
+        if move is None:
+            continue
+        if disk.source == move.overlay:
+            disk.source, disk.format = move.source, move.source_format
+            del disk.backing[:1]
+        disk.base_uri, disk.overlay = move.base_uri, move.overlay

@@ -54,7 +54,8 @@ def decide(samples: Sequence[Sample]) -> Pace:
     left = f"{last.left_bytes >> 20} MiB left"
     if last.ready:
         return Pace(write_blocking=False, reason="in step with the guest")
-    first_pass_bytes = samples[0].total_bytes
+    # While QEMU still looks for what is allocated there is no total.
+    first_pass_bytes = next((sample.total_bytes for sample in samples if sample.total_bytes), 1)
     if last.done_bytes < first_pass_bytes:
         return Pace(write_blocking=False, reason=f"first pass, {left}")
     since = next(sample for sample in samples if sample.done_bytes >= first_pass_bytes)

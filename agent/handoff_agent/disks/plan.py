@@ -102,7 +102,14 @@ def space_needed_bytes(move: pb.DiskMove) -> int:
 
 
 def _plan_one(disk: pb.DiskFacts, site: Site, *, fast: bool) -> pb.DiskMove:
-    move = pb.DiskMove(target=disk.target, source=disk.source, virtual_size_bytes=disk.virtual_size_bytes)
+    move = pb.DiskMove(
+        target=disk.target,
+        source=disk.source,
+        source_format=disk.format,
+        virtual_size_bytes=disk.virtual_size_bytes,
+        base_uri=disk.base_uri,
+        overlay=disk.overlay,
+    )
     if disk.placement in _SKIPPED:
         move.strategy, move.reason = SKIP, _why_skipped(disk, site)
         move.path, move.format = disk.source, disk.format

@@ -27,7 +27,7 @@ def with_disks(xml: str, moves: Sequence[pb.DiskMove], *, running: bool) -> str:
     for disk in root.iterfind("devices/disk"):
         target = disk.find("target")
         move = by_target.get("" if target is None else target.get("dev", ""))
-        if move is not None and layers(disk)[0].source in (move.source, move.path):
+        if move is not None and layers(disk)[0].source in (move.source, move.path, move.overlay):
             _rewrite(disk, move)
             if running and move.strategy == PULL:
                 _add_base(disk, move)

@@ -1,28 +1,32 @@
 """The disks of a guest that leaves: mirrored into the destination's exports until the guest is paused.
 
+prepare     a disk that will be pulled gets an overlay; its base is exported
 begin       mirrors start; returns when all are in step with the guest
 ordered     the guest's writes wait for the destination: nothing is left when it is paused
 paused      mirrors end, complete
-back        mirrors end, incomplete
-released    the images are removed
+back        mirrors end, incomplete; an overlay is folded back
+released    the images are removed, no export is left
 """
 
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
 from handoff.agent.v1 import disk_pb2 as pb
 from handoff_agent.companions import SourceCompanion
-from handoff_agent.disks import images
+from handoff_agent.disks import images, overlay
 from handoff_agent.disks.connections import kill_connections
 from handoff_agent.disks.mirror import JobInfo, Mirror
-from handoff_agent.disks.moves import moves_of
+from handoff_agent.disks.moves import moves_of, recorded
 from handoff_agent.disks.nodes import disk_nodes
 from handoff_agent.disks.pace import Sample, decide, rate_bytes_per_s
-from handoff_agent.disks.plan import MOVED
+from handoff_agent.disks.plan import MOVED, PULL
+from handoff_agent.disks.settings import StorageSettings
+from handoff_agent.disks.storage_daemon import Export, StorageDaemon, find_binary
 from handoff_agent.disks.uris import parse_uri
 from handoff_agent.domains import is_active
 from handoff_agent.guests import parse_domain
@@ -54,10 +58,12 @@ class Urgent:
 class DepartingDisks(SourceCompanion):
     """The disks of one guest that leaves."""
 
-    def __init__(self, handoff: Handoff, slot: Slot, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, handoff: Handoff, slot: Slot, settings: StorageSettings, threads: ThreadPoolExecutor) -> None:
         self._handoff = handoff
         self._slot = slot
+        self._settings = settings
         self._threads = threads
+        self._base = StorageDaemon(settings.folder / handoff.record.migration_id / "base", threads)
         self._monitor = Urgent(Monitor(slot, handoff.record.domain_uuid))
         self._samples: dict[str, list[Sample]] = defaultdict(list)
         self._blocking: set[str] = set()
@@ -71,6 +77,36 @@ class DepartingDisks(SourceCompanion):
 
     def _mirrors(self) -> Sequence[Mirror]:
         return [Mirror(self._monitor, move.target) for move in self._moved()]
+
+    def _pulled(self) -> Sequence[pb.DiskMove]:
+        return [move for move in moves_of(self._handoff.record) if move.strategy == PULL]
+
+    async def prepare(self) -> None:
+        """Gives disks that will be pulled their overlays, and exports what they are until now."""
+        moves = moves_of(self._handoff.record)
+        pulled = [move for move in moves if move.strategy == PULL]
+        if not pulled:
+            return
+        uuid, migration_id = self._handoff.record.domain_uuid, self._handoff.record.migration_id
+        for move in pulled:
+            move.overlay = f"{move.source}.{migration_id}"
+        # On disk before it is there: an abort must find it.
+        await self._handoff.change(disks=recorded(moves))
+        await overlay.make(self._slot, uuid, pulled)
+        xml = await self._slot.on_domain(uuid, lambda domain: domain.XMLDesc(0))
+        exports = {
+            move.target: Export(f"{migration_id}-{move.target}-base", move.source, move.source_format, writable=False)
+            for move in pulled
+        }
+        uris = await self._base.start(
+            find_binary(parse_domain(xml).findtext("devices/emulator", "").strip()),
+            list(exports.values()),
+            self._settings.address,
+            tls_credentials=self._settings.tls_credentials,
+        )
+        for move in pulled:
+            move.base_uri = uris[exports[move.target].name]
+        await self._handoff.change(disks=recorded(moves))
 
     async def begin(self) -> None:
         """Mirrors all disks until they are in step. Raises PreconditionError when one can't be, with QEMU's reason."""
@@ -92,6 +128,7 @@ class DepartingDisks(SourceCompanion):
                 parse_uri(move.uri),
                 speed_bytes_per_s=self._handoff.record.bandwidth_bytes_per_s // len(moved),
                 write_blocking=not can_change,
+                top_only=move.strategy == PULL,
             )
         await self._until_in_step()
 
@@ -120,8 +157,17 @@ class DepartingDisks(SourceCompanion):
 
     async def back(self) -> None:
         """Ends the mirrors, whatever the state of the link. Raises DeadlineError when QEMU does not let go."""
-        moved = self._moved()
-        if not any(move.uri for move in moved) or not await is_active(self._slot, self._handoff.record.domain_uuid):
+        await self._base.stop()
+        if await is_active(self._slot, self._handoff.record.domain_uuid):
+            await self._cancel([move for move in self._moved() if move.uri])
+            for move in self._pulled():
+                if move.overlay:
+                    await overlay.fold_back(self._slot, self._handoff.record.domain_uuid, move)
+                    await self._blocking_call(partial(images.remove, move.overlay))
+        self._handoff.disk_progress = ()
+
+    async def _cancel(self, moved: Sequence[pb.DiskMove]) -> None:
+        if not moved:
             return
         cancelling = asyncio.gather(*(mirror.cancel() for mirror in self._mirrors()))
         await asyncio.wait({asyncio.ensure_future(cancelling)}, timeout=ANSWER_TIMEOUT_S)
@@ -129,14 +175,18 @@ class DepartingDisks(SourceCompanion):
             for move in moved:
                 await kill_connections(parse_uri(move.uri))
         await cancelling
-        self._handoff.disk_progress = ()
 
     async def released(self) -> None:
         """Removes the images, unless they were to be kept. What they were backed by may be others' too, and stays."""
+        await self._base.stop()
         if self._handoff.record.keep_disks:
             return
         for move in self._moved():
-            await asyncio.get_running_loop().run_in_executor(self._threads, images.remove, move.source)
+            for path in filter(None, (move.overlay, move.source)):
+                await self._blocking_call(partial(images.remove, path))
+
+    async def _blocking_call(self, work: Callable[[], None]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def _can_change(self) -> bool:
         commands = await self._monitor.execute("query-commands")

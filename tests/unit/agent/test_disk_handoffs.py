@@ -1,7 +1,9 @@
 """A guest with local disks goes from one real libvirtd to another; QEMU 10, the guest is firmware."""
 
+import asyncio
 import os
 import subprocess
+import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -12,6 +14,7 @@ import libvirt
 import pytest
 from test_handoffs import MEMORY_MIB, QEMU, Host, Move, _remove
 
+from handoff_agent.destination import DestinationHandoff
 from handoff_agent.monitor import Monitor
 from handoff_agent.rules import (
     ACTIVE,
@@ -19,6 +22,7 @@ from handoff_agent.rules import (
     FINAL_STATES,
     FINALIZED,
     HELD,
+    PREPARED,
     READY,
     RELEASED,
     Call,
@@ -134,3 +138,81 @@ async def test_an_abort_leaves_no_image(move: Move, stage: State) -> None:
     assert len(images(move)[0]) == 1
     assert nothing_left(move)
     await replace(move, id=f"{move.id}-again").advance(HELD)
+
+
+async def guest_writes(host: Host, guest: str, byte: int, at_mib: int) -> None:
+    """As the guest's own disk device would."""
+    device = "/machine/peripheral/virtio-disk0/virtio-backend"
+    line = f'qemu-io -d {device} "write -P {byte} {at_mib}M 1M"'
+    told = await Monitor(host.slot, guest).execute("human-monitor-command", {"command-line": line})
+    assert not told
+
+
+async def pulled(destination: DestinationHandoff) -> None:
+    deadline = time.monotonic() + 60
+    while destination.record.pulling:
+        assert time.monotonic() < deadline, destination.to_message()
+        await asyncio.sleep(0.1)
+
+
+def holds(path: Path, byte: int, at_mib: int) -> bool:
+    read = subprocess.run(
+        ["qemu-io", "-r", "-U", "-c", f"read -P {byte} {at_mib}M 1M", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return read.returncode == 0 and "verification failed" not in read.stdout
+
+
+@pytest.mark.parametrize("formats", [("qcow2", "qcow2"), ("raw", "raw")], ids=["qcow2", "raw"])
+async def test_what_is_pulled_comes_after_the_guest(move: Move) -> None:
+    move = replace(move, fast=True)
+    await move.advance(READY)
+    (base, overlay), (arriving,) = images(move)
+    assert overlay.name == f"{base.name}.{move.id}"
+    await guest_writes(move.source, move.guest, 9, 5)
+    side = move.source.handoffs.source(move.id, Call.SWITCH_OVER)
+    await side.switch_over()
+    assert (await move.until(HELD)).state == HELD
+    assert allocated_mib(arriving) < 4
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    assert destination.record.pulling
+    await destination.activate()
+    assert destination.state == ACTIVE, destination.record.message
+    await guest_writes(move.target, move.guest, 11, 7)
+    await pulled(destination)
+    await destination.finalize()
+    await side.release()
+    assert images(move)[0] == []
+    assert arriving.suffix == ".qcow2"
+    assert allocated_mib(arriving) < DATA_MIB + 3
+    live = await move.target.slot.on_domain(move.guest, lambda d: d.XMLDesc(0))
+    assert "nbd" not in live
+    for started in (False, True):
+        await move.target.slot.on_domain(move.guest, lambda d, on=started: d.create() if on else d.destroy())
+    await move.target.slot.on_domain(move.guest, lambda d: d.destroy())
+    for byte, at_mib in ((7, 1), (9, 5), (11, 7), (0, 100)):
+        assert holds(arriving, byte, at_mib), at_mib
+    assert nothing_left(move)
+
+
+@pytest.mark.parametrize("formats", [("qcow2", "qcow2"), ("raw", "raw")], ids=["qcow2", "raw"])
+@pytest.mark.parametrize("stage", [PREPARED, READY, HELD], ids=["prepared", "ready", "held"])
+async def test_a_pull_that_is_aborted_before_the_switch_was_never_tried(move: Move, stage: State) -> None:
+    move = replace(move, fast=True)
+    before = await move.source.slot.on_domain(move.guest, lambda d: d.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+    (base,), _ = images(move)
+    await move.advance(stage)
+    if stage != HELD:
+        await guest_writes(move.source, move.guest, 9, 5)
+    await move.abort()
+    assert await move.is_running(move.source)
+    assert await left_in_qemu(move.source, move.guest) == []
+    assert images(move) == ([base], [])
+    after = await move.source.slot.on_domain(move.guest, lambda d: d.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+    assert after == before
+    await move.source.slot.on_domain(move.guest, lambda d: d.destroy())
+    assert holds(base, 7, 1)
+    assert stage == HELD or holds(base, 9, 5)
+    assert nothing_left(move)

@@ -20,8 +20,8 @@ from handoff_agent.convergence import ConvergenceSettings
 from handoff_agent.departure import Departures
 from handoff_agent.destination import Listener
 from handoff_agent.disks.companions import DiskCompanions
-from handoff_agent.disks.destination import StorageSettings
 from handoff_agent.disks.plans import DiskPlans
+from handoff_agent.disks.settings import StorageSettings
 from handoff_agent.disks.storage_daemon import Address
 from handoff_agent.emulators import Emulators
 from handoff_agent.events import ConnectionEvent
@@ -171,6 +171,11 @@ class Move:
             assert handoff.state == HELD, handoff.message
 
     async def prepare_source(self) -> pb.SourceGuest:
+        if self.fast:
+            _, guest = await self.source.handoffs.prepare_source(self.id, self.guest, validate_only=True)
+            planned = await self.target.handoffs.prepare_destination(self.id, guest, "a", validate_only=True, fast=True)
+            disks = planned.handoff.disks
+            return (await self.source.handoffs.prepare_source(self.id, self.guest, validate_only=False, disks=disks))[1]
         return (await self.source.handoffs.prepare_source(self.id, self.guest, validate_only=False))[1]
 
     async def abort(self) -> None:

@@ -1,0 +1,111 @@
+"""Pulls what a disk still lacks, while its guest runs here, or after it was shut down.
+
+    guest runs      libvirt's block pull
+    guest is off    qemu-img rebase
+
+Whoever was interrupted is begun again: what has been pulled stays pulled. While the source can't be reached, reads of
+the guest wait, and so does the pull.
+"""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from typing import Final, cast
+
+import libvirt
+import structlog
+
+from handoff.agent.v1 import disk_pb2 as pb
+from handoff_agent.domains import is_active
+from handoff_agent.slots import Slot
+from handoff_common.errors import HandoffError, UnavailableError
+
+POLL_S: Final = 0.5
+RETRY_S: Final = 2.0
+INFO_TIMEOUT_S: Final = 10.0
+
+Report = Callable[[pb.DiskProgress], None]
+
+
+class Pull:
+    """The pull of one disk."""
+
+    def __init__(
+        self, slot: Slot, uuid: str, move: pb.DiskMove, bytes_per_s: int, log: structlog.typing.FilteringBoundLogger
+    ) -> None:
+        """`bytes_per_s`: largest rate; 0 for none."""
+        self._slot = slot
+        self._uuid = uuid
+        self._move = move
+        self._bytes_per_s = bytes_per_s
+        self._log = log
+        self._last = (time.monotonic(), 0)
+
+    async def run(self, report: Report) -> None:
+        """Returns when the image, by its own word, needs nothing of the source any more. Never gives up."""
+        while True:
+            try:
+                if await is_flat(self._move.path):
+                    report(self._reading(pb.DISK_PHASE_COMPLETE, self._move.bytes_to_send, self._move.bytes_to_send))
+                    return
+                if await is_active(self._slot, self._uuid):
+                    await self._pull(report)
+                else:
+                    await self._rebase()
+            except HandoffError as error:
+                self._log.warning("pull goes on", disk=self._move.target, error=error.message)
+                await asyncio.sleep(RETRY_S)
+
+    async def _pull(self, report: Report) -> None:
+        """One block pull, to its end, good or bad."""
+        target = self._move.target
+
+        def begin(domain: libvirt.virDomain) -> None:
+            if not domain.blockJobInfo(target):
+                domain.blockPull(target, self._bytes_per_s, libvirt.VIR_DOMAIN_BLOCK_PULL_BANDWIDTH_BYTES)
+
+        await self._slot.on_domain(self._uuid, begin)
+        while job := await self._slot.on_domain(self._uuid, lambda domain: domain.blockJobInfo(target)):
+            report(self._reading(pb.DISK_PHASE_PULLING, job["cur"], job["end"]))
+            await asyncio.sleep(POLL_S)
+        if not await is_flat(self._move.path):
+            raise UnavailableError(f"the pull of disk {target} has ended early; see virsh domblkerror")
+
+    async def _rebase(self) -> None:
+        await _qemu_img("rebase", "-f", self._move.format, "-b", "", self._move.path)
+
+    def _reading(self, phase: pb.DiskPhase.ValueType, done: int, total: int) -> pb.DiskProgress:
+        (then_s, before), now_s = self._last, time.monotonic()
+        self._last = (now_s, done)
+        rate = int(max(0, done - before) / (now_s - then_s)) if now_s > then_s and before else 0
+        return pb.DiskProgress(
+            target=self._move.target, phase=phase, done_bytes=done, total_bytes=total, bytes_per_s=rate
+        )
+
+
+async def is_flat(path: str) -> bool:
+    """Whether an image is backed by nothing. Raises UnavailableError when it can't be read."""
+    async with asyncio.timeout(INFO_TIMEOUT_S):
+        told = await _qemu_img("info", "-U", "--output=json", path)
+    return "backing-filename" not in cast(dict[str, object], json.loads(told))
+
+
+async def _qemu_img(*arguments: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *("qemu-img", *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        stdout, stderr = await process.communicate()
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        raise UnavailableError(f"qemu-img {arguments[0]}: {stderr.decode(errors='replace').strip()[-300:]}")
+    return stdout.decode()

@@ -13,7 +13,7 @@ from handoff_lab.daemon import Daemon
 from handoff_lab.errors import LabError
 from handoff_lab.etcd import EtcdMember
 from handoff_lab.fabric import Fabric, Link
-from handoff_lab.host import Host, host_index, program
+from handoff_lab.host import HOST_TYPES, Host, host_index, program
 from handoff_lab.node import Node, all_marked, kill_and_wait, nodes
 from handoff_lab.parallel import in_parallel
 from handoff_lab.state import MAX_CONTROLLERS, MAX_HOSTS, Lab, LabConfig
@@ -160,6 +160,19 @@ class Fleet:
             rates = {name: old for name, old in config.rates.items() if name != host}
             self.lab.save_config(dataclasses.replace(config, rates=rates if rate == "none" else {**rates, host: rate}))
 
+    def set_type(self, host: str, kind: str) -> None:
+        """Makes a host one of another type, see HOST_TYPES, and restarts its agent. Stays over a power-off."""
+        if kind not in HOST_TYPES:
+            raise LabError(f"{kind} is no type of host: there are {', '.join(HOST_TYPES)}")
+        with self.lab.locked():
+            member = self.host(host)
+            config = self.lab.require_config()
+            config = dataclasses.replace(config, types={**config.types, host: kind})
+            self.lab.save_config(config)
+            member.write_files(config)
+            if config.agents and member.node.pid() is not None:
+                member.restart("agent")
+
     def set_link(self, host: str, up: bool, management: bool = True, overlay: bool = True) -> None:
         """Cuts or mends a host's cables."""
         self.fabric.set_up(self.host(host).name, up, management, overlay)
@@ -225,6 +238,7 @@ def _merge(
         host_memory_mib=base.host_memory_mib if host_memory_mib is None else host_memory_mib,
         agents=base.agents if agents is None else agents,
         rates=base.rates,
+        types=base.types,
     )
     for what, value, most in (("hosts", new.hosts, MAX_HOSTS), ("controllers", new.controllers, MAX_CONTROLLERS)):
         if not 1 <= value <= most:

@@ -17,7 +17,7 @@ from xml.sax.saxutils import quoteattr
 from handoff_lab.errors import LabError
 from handoff_lab.fabric import TENANT_NET
 from handoff_lab.fleet import Fleet
-from handoff_lab.host import SLOTS, Host
+from handoff_lab.host import LOCAL_FOLDERS, SLOTS, Host
 from handoff_lab.images import make_image
 from handoff_lab.netns import NetNamespace
 from handoff_lab.parallel import in_parallel
@@ -325,7 +325,7 @@ class Guests:
             if disk.place == "volume":
                 self.fleet.storage.delete(disk.path)
         hosts = [host for host in self.fleet.members(self.lab.require_config()) if isinstance(host, Host)]
-        for directory in (self.lab.shared, *(host.directory / "vms" for host in hosts)):
+        for directory in (self.lab.shared, *(host.directory / folder for host in hosts for folder in LOCAL_FOLDERS)):
             for pattern in (f"{name}-vd?.*", f"{name}.console"):
                 for path in directory.glob(pattern):
                     path.unlink()

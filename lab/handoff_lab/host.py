@@ -28,6 +28,15 @@ from handoff_lab.state import MAX_HOSTS, Lab, LabConfig
 
 SLOTS = ("a", "b")
 AGENT_PORT = 7701
+# Where hosts of a type keep local disks, and in what format; empty: as at the source.
+HOST_TYPES = {
+    "standard": ("", ""),
+    "ssd": ("/srv/ssd", "qcow2"),
+    "ark": ("/srv/ark", "raw"),
+    "raw": ("", "raw"),
+    "qcow2": ("", "qcow2"),
+}
+LOCAL_FOLDERS = ("vms", "ssd", "ark")
 TENANT_MTU = 1400
 OVS_DEADLINE_S = 15
 
@@ -163,7 +172,7 @@ class Host:
         """Writes the configuration of everything on the host."""
         for path in (
             *("run/libvirt", "run/lock", "run/openvswitch", "run/handoff/slots/a", "run/handoff/slots/b"),
-            *("etc/handoff", "etc/openvswitch", "var/lib/openvswitch", "var/log/openvswitch", "agent", "vms"),
+            *("etc/handoff", "etc/openvswitch", "var/lib/openvswitch", "var/log/openvswitch", "agent", *LOCAL_FOLDERS),
             *(
                 f"slot-{slot}/{part}"
                 for slot in SLOTS
@@ -191,6 +200,10 @@ class Host:
         emulators = "\n".join(
             f'[[emulators]]\nname = "{release.name}"\npath = "{release.emulator}"\n' for release in self.lab.releases()
         )
+        types = "\n".join(
+            f'[host_types.{kind}]\nfolder = "{folder}"\nformat = "{image_format}"\n'
+            for kind, (folder, image_format) in HOST_TYPES.items()
+        )
         return f"""\
 name = "{self.name}"
 listen = ["{MANAGEMENT_NET}.{self.index}:{AGENT_PORT}", "unix:{self.lab.agent_socket(self.name)}"]
@@ -198,7 +211,9 @@ migration_address = "{OVERLAY_NET}.{self.index}"
 state_dir = "{self.directory / "agent"}"
 shared_paths = ["/srv/shared"]
 memory_mib = {config.host_memory_mib}
+host_type = "{config.types.get(self.name, "standard")}"
 
+{types}
 {slots}
 {emulators}"""
 
@@ -224,7 +239,7 @@ memory_mib = {config.host_memory_mib}
             (own / "etc/machine-id", "/etc/machine-id"),
             (own / "etc/hosts", "/etc/hosts"),
             (own / "etc/handoff", "/etc/handoff"),
-            (own / "vms", "/srv/vms"),
+            *((own / folder, f"/srv/{folder}") for folder in LOCAL_FOLDERS),
             (self.lab.shared, "/srv/shared"),
         ]
 

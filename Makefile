@@ -36,8 +36,14 @@ bench-handoff: setup ## our migration against `virsh migrate --live --p2p`, into
 bench-upgrade: setup ## a new QEMU under guests of 256 MiB, 2 GiB and 8 GiB, into out/bench/upgrade.json
 	@$(PYTHON) -m bench.upgrade
 
+bench-disks: setup ## local disks against `virsh migrate --copy-storage-all`, into out/bench/disks.json
+	@$(PYTHON) -m bench.disks
+
+bench-fast: setup ## when a guest with 1, 4, 8 GiB of data runs at the destination, into out/bench/fast.json
+	@$(PYTHON) -m bench.fast
+
 clean: ## stop the lab, remove what was built here
 	-.venv/bin/handoff-lab down
 	rm -rf build out .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup demo test lint types proto unit lab-test bench-handoff bench-upgrade clean
+.PHONY: help setup demo test lint types proto unit lab-test bench-handoff bench-upgrade bench-disks bench-fast clean

@@ -11,6 +11,9 @@ Volumes that no provider is named for may be opened by every host, as far as we 
 """
 
 import asyncio
+import contextlib
+import os
+import signal
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Protocol
@@ -111,9 +114,10 @@ class CommandProvider:
         except TimeoutError:
             raise DeadlineError(f"`{' '.join(words)}` did not end within {self._timeout_s:g} s") from None
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            # Also what it has left behind: nothing of it may come to change the access later.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
         if process.returncode != 0:
             why = said.decode(errors="replace").strip()[-SAID_BYTES:] or "it said nothing"
             raise UnavailableError(f"`{' '.join(words)}` failed with status {process.returncode}: {why}")

@@ -42,8 +42,15 @@ bench-disks: setup ## local disks against `virsh migrate --copy-storage-all`, in
 bench-fast: setup ## when a guest with 1, 4, 8 GiB of data runs at the destination, into out/bench/fast.json
 	@$(PYTHON) -m bench.fast
 
+soak: setup ## every state of a migration with every fault, an hour; into out/soak/matrix.json and matrix.txt
+	@$(PYTHON) -m soak.run $(SOAK)
+
+bench-switch: setup ## guest's pause, network gap and lost frames, against three other ways, into out/bench/switch.json
+	@$(PYTHON) -m bench.switch
+
 clean: ## stop the lab, remove what was built here
 	-.venv/bin/handoff-lab down
 	rm -rf build out .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup demo test lint types proto unit lab-test bench-handoff bench-upgrade bench-disks bench-fast clean
+.PHONY: help setup demo test lint types proto unit lab-test soak \
+	bench-handoff bench-upgrade bench-switch bench-disks bench-fast clean

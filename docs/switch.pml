@@ -1,7 +1,8 @@
 /* The switch of a handoff, from SWITCHING to a final state. docs/switch.md explains it and says how to run it.
  *
  * It follows controller/handoff_controller/machine.py and driver.py, and agent/handoff_agent/rules.py.
- * Seeded bugs: -DBUG_SOURCE_TIMEOUT, -DBUG_NO_COMPARE, -DBUG_ABORT_FIRST, -DBUG_FENCE_FORGOTTEN.
+ * Seeded bugs: -DBUG_SOURCE_TIMEOUT, -DBUG_NO_COMPARE, -DBUG_ABORT_FIRST, -DBUG_FENCE_FORGOTTEN,
+ * -DBUG_FALSE_FENCE.
  */
 
 #ifndef TERMS
@@ -14,7 +15,7 @@
 mtype:Record = { SWITCHING, COMMITTED, FINISHING, DONE, ABORTING, ABORTED };
 mtype:Copy = { RUNS, PAUSED, LISTENING, GONE };
 mtype:Side = { READY, SWITCHES, HELD, RELEASED, PREPARED, ACTIVE, FINALIZED, FAILED, UNDONE };
-mtype:Order = { SWITCH_OVER, RELEASE, ABORT_SOURCE, ACTIVATE, FINALIZE, ABORT_DESTINATION };
+mtype:Order = { SWITCH_OVER, RELEASE, ABORT_SOURCE, ACTIVATE, FINALIZE, ABORT_DESTINATION, EVICT };
 mtype:Answer = { NOTHING, REFUSED, ANSWERED };
 
 /* etcd: the migration's record, its version, and whose key is the leader's. */
@@ -34,6 +35,7 @@ bool never_ran = false;
 byte faults = FAULTS;
 bool source_died = false;
 bool destination_died_running = false;
+bool fenced = false;     /* the destination's host was turned off; it comes back later, without the copy */
 
 /* ---- The agents: what is allowed in which state, and what it does to the copy. */
 
@@ -97,6 +99,15 @@ inline obey(what, by, answer) {
 		:: at_destination == UNDONE -> answer = ANSWERED
 		:: else
 		fi
+	:: what == EVICT && by >= destination_term ->
+		destination_term = by;
+		assert(record == ABORTING || record == ABORTED);
+		if
+		:: at_destination == PREPARED || at_destination == ACTIVE || at_destination == FAILED ->
+			destination = GONE; at_destination = UNDONE; answer = ANSWERED
+		:: at_destination == UNDONE -> answer = ANSWERED
+		:: else
+		fi
 	:: else
 	fi
 }
@@ -112,7 +123,7 @@ end:	do
 		obey(what, by, answer);
 		if
 		:: heard && (what == SWITCH_OVER || what == RELEASE || what == ABORT_SOURCE) -> answers!answer,at_source
-		:: heard && (what == ACTIVATE || what == FINALIZE || what == ABORT_DESTINATION) -> answers!answer,at_destination
+		:: heard && (what == ACTIVATE || what == FINALIZE || what == ABORT_DESTINATION || what == EVICT) -> answers!answer,at_destination
 		:: else
 		fi;
 		what = 0; by = 0; heard = false; answer = 0 }
@@ -210,6 +221,31 @@ inline insist(what) {
 	od
 }
 
+/* The destination's host is turned off, by a command or by hand: certain, whatever its copy did. */
+inline fence() {
+	d_step {
+		fenced = true;
+#ifndef BUG_FALSE_FENCE
+		if
+		:: destination == RUNS -> destination_died_running = true
+		:: else
+		fi;
+		destination = GONE;
+		if
+		:: at_destination == PREPARED -> at_destination = FAILED; never_ran = true
+		:: else
+		fi
+#endif
+	}
+}
+
+inline evict_or_abort() {
+	if
+	:: fenced -> send(EVICT)
+	:: else -> send(ABORT_DESTINATION)
+	fi
+}
+
 /* As far as it can be done now; the rest is done at the end. */
 inline try(what) {
 	do
@@ -279,11 +315,15 @@ reads:	skip;
 #endif
 		if
 		:: answer == ANSWERED && (seen == ACTIVE || seen == FINALIZED) -> advance(FINISHING)
-		:: answer == ANSWERED && (seen == FAILED || seen == UNDONE) ->
-			assert(never_ran);
+		:: answer == ANSWERED && (seen == FAILED || seen == UNDONE) && never_ran ->
 			insist(ABORT_DESTINATION);
 			advance(ABORTING)
+		/* It may have run: no proof. Only a replaced leader comes here; the note that it writes is refused. */
+		:: answer == ANSWERED && (seen == FAILED || seen == UNDONE) && !never_ran ->
+			assert(fenced && leader != term);
+			goto over
 		:: answer == REFUSED && leader != term -> goto over
+		:: answer == NOTHING && !fenced -> fence(); advance(ABORTING)
 		:: else
 		fi
 
@@ -294,14 +334,17 @@ reads:	skip;
 
 	:: state == ABORTING ->
 		insist(ABORT_SOURCE);
-		try(ABORT_DESTINATION);
+		if
+		:: fenced -> try(EVICT)
+		:: else -> try(ABORT_DESTINATION)
+		fi;
 		advance(ABORTED)
 
 	/* Final: what an agent still holds is settled. */
 	:: state == DONE && at_destination == ACTIVE && leader == term -> send(FINALIZE)
 	:: state == DONE && at_source == HELD && leader == term -> send(RELEASE)
 	:: state == ABORTED && at_source != UNDONE && leader == term -> send(ABORT_SOURCE)
-	:: state == ABORTED && at_destination != UNDONE && leader == term -> send(ABORT_DESTINATION)
+	:: state == ABORTED && at_destination != UNDONE && leader == term -> evict_or_abort()
 	:: (state == DONE || state == ABORTED) && leader != term -> break
 	:: state == DONE && at_destination != ACTIVE && at_source != HELD -> break
 	:: state == ABORTED && at_destination == UNDONE && at_source == UNDONE -> break

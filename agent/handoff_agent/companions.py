@@ -6,7 +6,8 @@
                                                     created()       it exists, paused; its taps are plugged
     begin()      StartTransfer, before `migrate`
     ordered()    SwitchOver, the guest still runs
-    paused()     the guest has stopped              (QEMU loads what the source's sends)
+    pausing()    the guest is about to be stopped
+    paused()     it has stopped                     (QEMU loads what the source's sends)
                  HELD
                                                     before_run()    Activate, before the resume
                                                     running()       the guest runs here
@@ -48,6 +49,12 @@ class SourceCompanion:
 
     async def ordered(self) -> None:
         """Does what makes the pause shorter. The order waits for it, and a failure is the handoff's."""
+
+    async def pausing(self) -> None:
+        """The guest still runs, and is stopped when this returns. Be very quick: `paused` follows, and may do the same.
+
+        Not called where QEMU stops the guest by itself. A failure breaks the switch off.
+        """
 
     async def paused(self) -> None:
         """The guest has stopped: it won't be HELD, nor what is left of it be sent, before this returns. Be quick.

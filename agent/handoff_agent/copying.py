@@ -80,7 +80,7 @@ class Copying:
         if decision.action is Action.READY:
             self._ready_s = self._ready_s or time.monotonic()
             if not self._held_back and await self._must_wait():
-                await self._migration.hold()
+                await self._migration.hold(info.cpu_throttle_percent)
                 self._held_back = True
             await self._switch.say_ready(ready=True)
             return READY_POLL_S
@@ -132,6 +132,8 @@ class Copying:
         )
         left_ms = 1000 * info.ram_remaining_bytes / max(self._meter.rate_bytes_per_s, 1.0)
         if moves and left_ms <= self._allowed_ms:
+            if not await self._switch.before_stop():
+                return
             self._switch.stopping()
             try:
                 await self._migration.stop()

@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Final
 
@@ -45,6 +46,8 @@ ACTIVATE_TIMEOUT_S: Final = 5.0
 # One that hangs is given up before it is told to run, for then it is known that it never did.
 ANSWER_TIMEOUT_S: Final = 2.0
 ACTIVATE_RETRY_S: Final = 0.1
+LAST_LOOK_S: Final = 1.0
+LAST_LOOK_POLL_S: Final = 0.02
 WATCH_RETRY_S: Final = 1.0
 
 _CAPABILITIES: Final = {"return-path": True, "events": True}
@@ -53,6 +56,14 @@ _LATE_ACTIVATION: Final = "late-block-activate"
 _ARRIVED_STATUSES: Final = ("paused", "prelaunch")
 _NOT_RUN_STATUSES: Final = ("inmigrate", "paused", "prelaunch")
 _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+
+
+class _LastLook(Enum):
+    """How QEMU is found right before it is told to run."""
+
+    ANSWERS = auto()
+    HANGS = auto()
+    ENDED = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +161,8 @@ class DestinationHandoff(Handoff):
             if (await self._monitor.query_migrate(urgent=True)).status is MigrationStatus.NONE:
                 raise
 
-    async def activate(self) -> None:
-        """Runs the guest; ACTIVE on return, or FAILED.
+    async def activate(self, *, keep_paused: bool = False) -> None:
+        """Runs the guest, unless its user had paused it; ACTIVE on return, or FAILED.
 
         Raises DeadlineError or UnavailableError when it is not known whether it runs: it may be, or still come to it.
         Ask again then.
@@ -160,6 +171,8 @@ class DestinationHandoff(Handoff):
         async with self.lock:
             if not self.permits(Call.ACTIVATE):
                 return
+            if self.record.was_running is keep_paused:
+                await self.change(was_running=not keep_paused)
             if self.record.was_running:
                 await self._run_here(arrived + ACTIVATE_TIMEOUT_S, arrived_s)
             else:
@@ -175,12 +188,13 @@ class DestinationHandoff(Handoff):
         first = not self.record.activating
         if not await self._may_run(first=first):
             return
-        # From here on only QEMU's own word, or the domain's end, can tell that it never ran.
-        answers, _ = await asyncio.gather(self._answers(), self.change(activating=True))
-        if first and not answers:
-            self._hangs = True
-            message = "its QEMU does not answer, and was not told to run"
-            await self.change(state=FAILED, message=message, never_ran=True)
+        # From here on only QEMU's own word, or the domain's end, can tell that it never ran. A last look, in the time
+        # that the record takes: libvirt does not notice at once that a QEMU was killed.
+        seen, _ = await asyncio.gather(self._last_look(), self.change(activating=True))
+        if first and seen is not _LastLook.ANSWERS:
+            self._hangs = seen is _LastLook.HANGS
+            what = "does not answer, and was not told to run" if self._hangs else "had ended before it was told to run"
+            await self.change(state=FAILED, message=f"its QEMU {what}", never_ran=True)
             return
         with self._slot.events(self.record.domain_uuid) as events:
             ran_s = await self._run(events, deadline, first=first)
@@ -189,16 +203,23 @@ class DestinationHandoff(Handoff):
         self._stop_watching()
         await self.change(state=ACTIVE, running_s=ran_s, call_to_running_ms=max(0.0, 1000 * (ran_s - arrived_s)))
 
-    async def _answers(self) -> bool:
-        """False when QEMU hangs. Raises as Slot.call does when it is libvirtd that does not answer."""
+    async def _last_look(self) -> _LastLook:
+        """How QEMU is before it is told to run. Raises as Slot.call does when it is libvirtd that does not answer."""
         try:
             await self._monitor.query_status(timeout_s=ANSWER_TIMEOUT_S, urgent=True)
+        except UnavailableError:
+            raise
         except DeadlineError:
             await self._slot.call(lambda connection: connection.getLibVersion(), ANSWER_TIMEOUT_S, urgent=True)
-            return False
-        except (NotFoundError, PreconditionError, QmpError):
-            return True  # it has ended, as will be found
-        return True
+            return _LastLook.HANGS
+        except HandoffError:
+            deadline = time.monotonic() + LAST_LOOK_S
+            while time.monotonic() < deadline:
+                with contextlib.suppress(DeadlineError, UnavailableError):
+                    if not await is_active(self._slot, self.record.domain_uuid):
+                        return _LastLook.ENDED
+                await asyncio.sleep(LAST_LOOK_POLL_S)
+        return _LastLook.ANSWERS
 
     async def _may_run(self, *, first: bool) -> bool:
         """The companions have done what comes before the guest runs; FAILED if not. `first`: as of `_run`."""
@@ -261,6 +282,7 @@ class DestinationHandoff(Handoff):
         async with self.lock:
             if not self.permits(Call.FINALIZE):
                 return
+            ended = not await is_active(self._slot, self.record.domain_uuid)
             xml, autostart = self.record.persistent_xml, self.record.autostart
 
             def define(connection: libvirt.virConnect) -> None:
@@ -273,12 +295,15 @@ class DestinationHandoff(Handoff):
             if self.state == ACTIVE:
                 await self._tell_running()
             await each((companion.finalize() for companion in self.companions), self.log)
-            await self.change(state=FINALIZED)
+            await self.change(state=FINALIZED, ended=ended)
 
-    async def abort(self, reason: str) -> None:
-        """Destroys the domain. Raises as end_domain does, and what a companion raises."""
+    async def abort(self, reason: str, *, fenced: bool = False) -> None:
+        """Destroys the domain; one that runs only when this host was `fenced`, and the guest goes on elsewhere.
+
+        Raises as end_domain does, and what a companion raises.
+        """
         async with self.lock:
-            if not self.permits(Call.ABORT):
+            if not self.permits(Call.EVICT if fenced else Call.ABORT):
                 return
             self._stop_watching()
             await self._destroy()

@@ -14,6 +14,7 @@ QUIT_TIMEOUT_S: Final = 1.0
 END_TIMEOUT_S: Final = 20.0
 RESUME_TIMEOUT_S: Final = 10.0
 RESUME_RETRY_S: Final = 0.2
+USER_TIMEOUT_S: Final = 1.0
 
 _RUNNING_STATUSES: Final = ("running", "io-error", "watchdog", "guest-panicked", "suspended", "shutdown")
 """QEMU's run states in which a guest is not waiting for us."""
@@ -62,6 +63,20 @@ async def run_again(slot: Slot, uuid: str) -> bool:
 async def is_running(monitor: Monitor) -> bool:
     """The guest is not paused, or for reasons of its own. Raises as Monitor.execute does."""
     return await monitor.query_status(urgent=True) in _RUNNING_STATUSES
+
+
+async def user_runs_it(slot: Slot, uuid: str) -> bool | None:
+    """Whether its user lets the guest run, or has paused it; None when it is QEMU that has paused it for a migration.
+
+    Raises as Monitor.execute does.
+    """
+    status = await Monitor(slot, uuid).query_status(timeout_s=USER_TIMEOUT_S, urgent=True)
+    if status in ("running", "paused"):
+        return status == "running"
+    # "finish-migrate" is QEMU's own, but follows soon where there is a migration and a user has paused the guest.
+    state, reason = await slot.on_domain(uuid, lambda domain: domain.state(), USER_TIMEOUT_S, urgent=True)
+    by_user: bool = state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_USER
+    return False if by_user else None
 
 
 async def end_domain(slot: Slot, uuid: str, *, listens: bool = True) -> None:

@@ -10,6 +10,7 @@ from lxml import etree
 
 from handoff.agent.v1 import types_pb2 as types
 from handoff_agent.builds import Build, name_of
+from handoff_agent.network.metadata import read_ports
 from handoff_common.errors import InvalidArgumentError
 
 IsShared = Callable[[str], bool]
@@ -183,12 +184,17 @@ def _placement(top: Layer, is_shared: IsShared) -> types.DiskPlacement.ValueType
 def _add_interfaces(
     interfaces: RepeatedCompositeFieldContainer[types.Interface], root: etree._Element, active: bool
 ) -> None:
+    ports = {port.key.mac: port for port in read_ports(root)}
     for element in root.iterfind("devices/interface"):
         mac, source, target = (element.find(tag) for tag in ("mac", "source", "target"))
+        address = "" if mac is None else mac.get("address", "").lower()
+        port = ports.get(address)
         interfaces.add(
-            mac="" if mac is None else mac.get("address", "").lower(),
+            mac=address,
             source="" if source is None else _plugged_into(source),
             tap=target.get("dev", "") if active and target is not None else "",
+            tunnel=port.key.tunnel if port else 0,
+            ips=port.addresses if port else (),
         )
 
 

@@ -13,7 +13,7 @@ from handoff.agent.v1 import disk_pb2
 from handoff.agent.v1 import qemu_pb2 as pb
 from handoff_agent.disks.moves import moves_of
 from handoff_agent.ledger import Record
-from handoff_agent.rules import HELD, Answer, Call, State, judge, state_name
+from handoff_agent.rules import DESTINATION, HELD, Answer, Call, State, judge, state_name
 from handoff_common.errors import PreconditionError
 
 log = structlog.get_logger()
@@ -29,11 +29,13 @@ class Changes(TypedDict, total=False):
 
     state: State
     message: str
+    was_running: bool
     autostart: bool
     bandwidth_bytes_per_s: int
     downtime_limit_ms: int
     switch_deadline_s: float
     transfer_uri: str
+    tunnel_address: str
     started_s: float
     paused_s: float
     paused_to_held_ms: float
@@ -42,6 +44,7 @@ class Changes(TypedDict, total=False):
     listen_uri: str
     activating: bool
     never_ran: bool
+    ended: bool
     running_s: float
     call_to_running_ms: float
     disks: tuple[str, ...]
@@ -120,6 +123,8 @@ class Handoff:
             was_running=record.was_running,
             disks=moves_of(record),
             pulling=record.pulling,
+            ended=record.ended,
+            tunnel_address=record.tunnel_address if record.role == DESTINATION else "",
         )
         if record.paused_s:
             message.switch_timings.CopyFrom(

@@ -217,8 +217,12 @@ class Handoffs:
         method: pb.TransferMethod.ValueType = pb.TRANSFER_METHOD_TCP,
         emulator: str = "",
         fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> pb.PrepareDestinationResponse:
-        """Begins the destination's side, or answers with the one that there is."""
+        """Begins the destination's side, or answers with the one that there is.
+
+        `fast`: its disks are pulled, at this rate at the most.
+        """
         slot_name = slot_name or DEFAULT_SLOT
         folder = self._sockets.folder(migration_id)
         if validate_only:
@@ -241,6 +245,7 @@ class Handoffs:
                 autostart=guest.autostart,
                 persistent_xml=with_disks(arrival.persistent_xml, arrival.disks, running=False),
                 disks=recorded(arrival.disks),
+                bandwidth_bytes_per_s=bandwidth_bytes_per_s,
                 pulling=any(move.strategy == PULL for move in arrival.disks),
                 changed_s=time.time(),
             )
@@ -265,8 +270,11 @@ class Handoffs:
             self._announce(handoff)
             return pb.PrepareDestinationResponse(handoff=handoff.to_message())
 
-    async def abort(self, migration_id: str, role: Role, reason: str) -> pb.Handoff:
-        """Undoes one side; remembers one that was never heard of as aborted, so that it can't begin later."""
+    async def abort(self, migration_id: str, role: Role, reason: str, *, fenced: bool = False) -> pb.Handoff:
+        """Undoes one side; remembers one that was never heard of as aborted, so that it can't begin later.
+
+        `fenced`: this host was, so the destination's copy goes even if it ran.
+        """
         if role not in (SOURCE, DESTINATION):
             raise InvalidArgumentError("role: say which side to abort")
         handoff = self._handoffs.get((migration_id, role))
@@ -277,8 +285,11 @@ class Handoffs:
                 handoff = self._handoffs.get((migration_id, role)) or await self._remember_aborted(
                     migration_id, role, reason
                 )
-        if isinstance(handoff, SourceHandoff | DestinationHandoff):
-            await handoff.abort(reason)
+        match handoff:
+            case SourceHandoff():
+                await handoff.abort(reason)
+            case DestinationHandoff():
+                await handoff.abort(reason, fenced=fenced)
         return handoff.to_message()
 
     async def _remember_aborted(self, migration_id: str, role: Role, reason: str) -> Handoff:

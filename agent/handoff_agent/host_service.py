@@ -81,6 +81,7 @@ class HostService(host_pb2_grpc.HostServiceServicer):
             term=self._term(),
             agent_version=version("handoff"),
             start_time=self._start_time,
+            tunnel_address=str(settings.network.tunnel_address) if settings.network else "",
         )
         return host_pb2.GetHostResponse(host=host)
 

@@ -5,7 +5,6 @@ One file a handoff and role, replaced atomically and on disk before the call tha
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Final
 import structlog
 
 from handoff.agent.v1 import types_pb2
+from handoff_agent.durable import DurableFolder
 from handoff_agent.local_sockets import CPR
 from handoff_agent.rules import FINAL_STATES, Role, State, role_name, state_name
 from handoff_common.errors import StaleTermError
@@ -23,6 +23,9 @@ log = structlog.get_logger()
 
 # Longer than any call may be delayed on its way; until then a finished handoff can't be begun anew.
 TOMBSTONE_LIFE_S: Final = 7 * 24 * 3600.0
+# Enough to bring some moves to their ends on a full disk.
+SPARE_RECORDS: Final = 8
+SPARE_TERMS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class Record:
     switch_deadline_s: float = 0.0
     transfer_uri: str = ""
     """Source: where the guest is sent."""
+    tunnel_address: str = ""
+    """Tunnel endpoint of the destination, where the guest's frames go from the pause on."""
     started_s: float = 0.0
     paused_s: float = 0.0
     paused_to_held_ms: float = 0.0
@@ -59,6 +64,8 @@ class Record:
     activating: bool = False
     """Written before the guest is told to run: from here on its copy may have run."""
     never_ran: bool = False
+    ended: bool = False
+    """The guest ran here, and its QEMU had ended when the handoff did."""
     running_s: float = 0.0
     call_to_running_ms: float = 0.0
 
@@ -84,14 +91,15 @@ class Ledger:
         """Makes the folder. Only its owner may read it: definitions have secrets in them."""
         self._folder = state_dir / "handoffs"
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._durable = DurableFolder(self._folder, SPARE_RECORDS)
 
     def load(self, now_s: float) -> list[Record]:
         """Reads all records. Forgets those that have been final for a week; sets one aside that can't be read."""
         return list(self._read_all(now_s))
 
     def save(self, record: Record) -> None:
-        """Writes a record; on return it is on disk."""
-        _replace(self._path(record), json.dumps(dataclasses.asdict(record), indent=1))
+        """Writes a record; on return it is on disk. Raises OSError when that can't be."""
+        self._durable.replace(self._path(record), json.dumps(dataclasses.asdict(record), indent=1))
 
     def remove(self, record: Record) -> None:
         """Forgets a handoff that was never begun."""
@@ -131,6 +139,7 @@ class TermGuard:
         """Reads the highest term seen; blocking."""
         self._path = state_dir / "term"
         state_dir.mkdir(parents=True, exist_ok=True)
+        self._durable = DurableFolder(state_dir, SPARE_TERMS)
         self.term, self.leader = 0, ""
         if self._path.exists():
             values = json.loads(self._path.read_text())
@@ -147,20 +156,8 @@ class TermGuard:
                 f" term {self.term} of controller {self.leader or 'without a name'}"
             )
         if fence.term > self.term:
-            _replace(self._path, json.dumps({"term": fence.term, "leader": fence.leader, "time": time.time()}))
+            self._durable.replace(
+                self._path, json.dumps({"term": fence.term, "leader": fence.leader, "time": time.time()})
+            )
             self.term, self.leader = fence.term, fence.leader
             log.info("new term", term=self.term, leader=self.leader)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -16,6 +16,11 @@ MULTIFD = "multifd:"
 CPR = "cpr:"
 
 
+def is_local(uri: str) -> bool:
+    """The guest goes to another slot of its host."""
+    return uri.startswith((UNIX, MULTIFD, CPR))
+
+
 def main_socket(folder: str) -> str:
     """Where the new QEMU takes the guest's state."""
     return f"{folder}/main"

@@ -2,8 +2,9 @@
 
 import asyncio
 import gc
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ import structlog
 
 from handoff.agent.v1 import disk_pb2_grpc, flow_pb2_grpc, host_pb2_grpc, qemu_pb2_grpc
 from handoff_agent.arrival import Arrivals
+from handoff_agent.companions import AllCompanions
 from handoff_agent.departure import Departures
 from handoff_agent.destination import Listener
 from handoff_agent.disk_service import DiskService
@@ -27,6 +29,9 @@ from handoff_agent.host_service import HostService
 from handoff_agent.inventory import Inventory
 from handoff_agent.ledger import Ledger, TermGuard
 from handoff_agent.local_sockets import LocalSockets
+from handoff_agent.network.companion import NetworkCompanions
+from handoff_agent.network.knowledge import Store
+from handoff_agent.network.network import Network
 from handoff_agent.ovs_ports import OvsPorts
 from handoff_agent.qemu_service import QemuService
 from handoff_agent.settings import AgentSettings
@@ -78,6 +83,9 @@ async def serve(settings: AgentSettings) -> None:
         changes = HandoffChanges()
         storage = ThreadPoolExecutor(STORAGE_THREADS, "storage")
         stack.callback(storage.shutdown, wait=False, cancel_futures=True)
+        ports = OvsPorts(settings.ovs_database)
+        stack.callback(ports.close)
+        network = await stack.enter_async_context(_network(settings, ports)) if settings.network else None
         handoffs = Handoffs(
             hypervisor,
             Departures(hypervisor, inventory, survey, settings.shared_paths),
@@ -92,19 +100,19 @@ async def serve(settings: AgentSettings) -> None:
             Ledger(settings.state_dir),
             TermGuard(settings.state_dir),
             changes,
-            DiskCompanions(_storage_settings(settings), storage),
+            AllCompanions(
+                *([NetworkCompanions(network)] if network else []), DiskCompanions(_storage_settings(settings), storage)
+            ),
         )
         await handoffs.open()
         stack.push_async_callback(handoffs.close)
-        ports = OvsPorts(settings.ovs_database)
-        stack.callback(ports.close)
         qemu = QemuService(inventory, handoffs)
         host = HostService(settings, hypervisor, emulators, inventory, changes, lambda: handoffs.term)
         server = Server(SERVICES)
         qemu_pb2_grpc.add_QemuServiceServicer_to_server(qemu, server.grpc_server)
         host_pb2_grpc.add_HostServiceServicer_to_server(host, server.grpc_server)
         disk_pb2_grpc.add_DiskServiceServicer_to_server(DiskService(hypervisor, inventory), server.grpc_server)
-        flow_pb2_grpc.add_FlowServiceServicer_to_server(FlowService(ports), server.grpc_server)
+        flow_pb2_grpc.add_FlowServiceServicer_to_server(FlowService(ports, network, handoffs), server.grpc_server)
         stack.push_async_callback(qemu.finish)
         await server.start(settings.listen)
         stack.push_async_callback(server.stop)
@@ -124,6 +132,21 @@ def _storage_settings(settings: AgentSettings) -> StorageSettings:
         address=Address(settings.migration_address, *settings.migration_ports),
         owner=settings.qemu_user,
     )
+
+
+@asynccontextmanager
+async def _network(settings: AgentSettings, ports: OvsPorts) -> AsyncIterator[Network]:
+    """The tenants' networks, kept in the bridge for as long as the context lasts; the flows stay."""
+    assert settings.network is not None
+    network = Network(settings.network, settings.ovs_database, ports, Store(settings.state_dir))
+    await network.open()
+    keeper = asyncio.create_task(network.run(), name="network")
+    try:
+        yield network
+    finally:
+        keeper.cancel()
+        await asyncio.wait({keeper})
+        await network.close()
 
 
 def _capabilities_of(slot: Slot) -> DomainCapabilities:

@@ -40,11 +40,17 @@ _CAPABILITIES: Final = {
     "events": True,
 }
 _GATE: Final = "switchover-ack"
-_THROTTLE: Final[dict[str, Json]] = {"cpu-throttle-initial": 80, "cpu-throttle-increment": 10}
+_MAX_THROTTLE: Final = 99
+_THROTTLE: Final[dict[str, Json]] = {
+    "cpu-throttle-initial": 80,
+    "cpu-throttle-increment": 10,
+    "max-cpu-throttle": _MAX_THROTTLE,
+}
 # QEMU's defaults.
 _PARAMETERS_AFTERWARDS: Final[dict[str, Json]] = {
     "cpu-throttle-initial": 20,
     "cpu-throttle-increment": 10,
+    "max-cpu-throttle": _MAX_THROTTLE,
     "max-bandwidth": 128 << 20,
     "downtime-limit": 300,
 }
@@ -91,13 +97,23 @@ class OutgoingMigration:
         channels: list[Json] = [_channel("main", main_socket(folder)), _channel("cpr", cpr_socket(folder))]
         await self._monitor.execute("migrate", {"channels": channels})
 
-    async def hold(self) -> None:
-        """Slows the copy to one page in 100 ms, so that the present pass does not end."""
-        await self._monitor.execute("migrate-set-parameters", {"max-bandwidth": HOLDING_BYTES_PER_S}, urgent=True)
+    async def hold(self, throttle_percent: int) -> None:
+        """Slows the copy to one page in 100 ms, so that the present pass does not end.
+
+        To QEMU that looks like a guest that dirties too fast: left alone it would slow the guest down, too, in the end
+        to a hundredth. So the guest stays at `throttle_percent`, as it is now.
+        """
+        limit = min(max(throttle_percent, 1), _MAX_THROTTLE)
+        held: dict[str, Json] = {"cpu-throttle-initial": limit, "max-cpu-throttle": limit}
+        await self._monitor.execute(
+            "migrate-set-parameters", {"max-bandwidth": HOLDING_BYTES_PER_S} | held, urgent=True
+        )
 
     async def go_on(self) -> None:
         """Copies at full speed again."""
-        await self._monitor.execute("migrate-set-parameters", {"max-bandwidth": self._bandwidth}, urgent=True)
+        await self._monitor.execute(
+            "migrate-set-parameters", {"max-bandwidth": self._bandwidth} | _THROTTLE, urgent=True
+        )
 
     async def allow_pause(self, downtime_ms: int, rate_bytes_per_s: float) -> None:
         """Copies at full speed, and lets QEMU pause the guest once what is left takes `downtime_ms` at that rate."""

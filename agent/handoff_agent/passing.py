@@ -59,6 +59,8 @@ class Passing:
         if self._accepted:
             return
         self._accepted = True
+        if not await self._switch.before_stop():
+            return
         try:
             await self._receiver().accept()
         except HandoffError as error:

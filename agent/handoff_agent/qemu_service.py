@@ -13,6 +13,7 @@ from handoff.agent.v1 import types_pb2 as types
 from handoff_agent.convergence import ConvergenceSettings
 from handoff_agent.handoffs import Handoffs
 from handoff_agent.inventory import Inventory
+from handoff_agent.order_age import check_age, clock_ms
 from handoff_agent.rules import FINAL_STATES, Call
 
 DEFAULT_DOWNTIME_LIMIT_MS: Final = 300
@@ -81,7 +82,9 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
             change = handoff.next_change()
             message = handoff.to_message()
             if message != sent:
-                sent = message
+                sent = pb.Handoff()
+                sent.CopyFrom(message)
+                message.clock_ms = clock_ms()
                 yield pb.WatchHandoffResponse(handoff=message)
             if message.state in FINAL_STATES:
                 return
@@ -121,6 +124,7 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
                 method=request.method,
                 emulator=request.emulator,
                 fast=request.fast,
+                bandwidth_bytes_per_s=request.bandwidth_bytes_per_s,
             )
         )
 
@@ -139,6 +143,7 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
                 limits.bandwidth_bytes_per_s,
                 deadline_s or DEFAULT_SWITCH_DEADLINE_S,
                 request.disks,
+                request.tunnel_address,
             )
         )
         return pb.StartTransferResponse(handoff=source.to_message())
@@ -157,8 +162,9 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
     ) -> pb.ActivateResponse:
         """Runs the guest here."""
         await self._handoffs.admit(request.fence)
+        check_age(request.heard_clock_ms, clock_ms())
         destination = self._handoffs.destination(request.migration_id, Call.ACTIVATE)
-        await self._to_the_end(destination.activate())
+        await self._to_the_end(destination.activate(keep_paused=request.keep_paused))
         return pb.ActivateResponse(handoff=destination.to_message())
 
     async def ReleaseSource(  # noqa: N802
@@ -186,5 +192,7 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
     ) -> pb.AbortHandoffResponse:
         """Undoes one side."""
         await self._handoffs.admit(request.fence)
-        handoff = await self._to_the_end(self._handoffs.abort(request.migration_id, request.role, request.reason))
+        handoff = await self._to_the_end(
+            self._handoffs.abort(request.migration_id, request.role, request.reason, fenced=request.fenced)
+        )
         return pb.AbortHandoffResponse(handoff=handoff)

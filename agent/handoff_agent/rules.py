@@ -48,6 +48,7 @@ class Call(Enum):
     RELEASE = "ReleaseSource"
     FINALIZE = "FinalizeDestination"
     ABORT = "AbortHandoff"
+    EVICT = "AbortHandoff of a fenced host"
 
 
 class Answer(Enum):
@@ -92,6 +93,8 @@ _DESTINATION: Final[_Table] = {
     # A guest that ended right after the commit belongs here all the same, and so does its definition.
     Call.FINALIZE: _row(proceed=(ACTIVE, FAILED), already=(FINALIZED,)),
     Call.ABORT: _row(proceed=(None, PREPARED, FAILED), already=(ABORTED,)),
+    # The record says that the guest runs elsewhere, whatever happened here before this host was fenced.
+    Call.EVICT: _row(proceed=(None, PREPARED, ACTIVE, FAILED), already=(ABORTED,)),
 }
 _TABLES: Final[Mapping[Role, _Table]] = {SOURCE: _SOURCE, DESTINATION: _DESTINATION}
 
@@ -121,7 +124,7 @@ def _reason(call: Call, role: Role, state: State | None) -> str:
             return f"{call.value} is not a call to the {side}"
         case _, pb.HANDOFF_STATE_ABORTED:
             return f"{call.value}: this handoff was aborted at the {side} and can't go on; begin a new one"
-        case Call.ABORT, _:
+        case Call.ABORT | Call.EVICT, _:
             return f"{call.value}: the guest runs at the destination (this {side} is {name}); it can only go on"
         case _:
             hint = "; only a HELD copy may be destroyed" if call is Call.RELEASE else ""

@@ -1,6 +1,7 @@
 """The agent's configuration file, by default /etc/handoff/agent.toml."""
 
 import os
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,19 @@ class HostTypeSettings(Settings):
     format: Literal["", "raw", "qcow2"] = Field(default="", description="their format; default: as at the source")
 
 
+class NetworkSettings(Settings):
+    """The tenants' networks, where the agent manages their flows."""
+
+    bridge: str = Field(default="br-int", description="bridge that guests are plugged into")
+    tunnel_port: str = Field(default="handoff0", max_length=15, description="its VXLAN port, made by the agent")
+    tunnel_address: IPv4Address = Field(description="this host's address for VXLAN")
+    openflow: Path | None = Field(default=None, description="the bridge's management socket; default: OVS's own")
+
+    def management_socket(self) -> Path:
+        """Where the bridge takes OpenFlow connections."""
+        return self.openflow or Path(f"/run/openvswitch/{self.bridge}.mgmt")
+
+
 class AgentSettings(Settings):
     """Everything that an agent is told."""
 
@@ -62,6 +76,7 @@ class AgentSettings(Settings):
         " migration_address",
     )
     ovs_database: str = Field(default="unix:/run/openvswitch/db.sock", description="Open vSwitch's database")
+    network: NetworkSettings | None = Field(default=None, description="absent: the agent touches no flows")
     slots: dict[str, SlotSettings] = Field(min_length=1, description="libvirt daemons by name: a, and b for upgrades")
     emulators: tuple[EmulatorSettings, ...] = Field(default=(), description="QEMU builds; probed at start")
     log_format: LogFormat = "json"

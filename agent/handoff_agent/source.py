@@ -26,7 +26,7 @@ from handoff_agent.companions import SourceCompanion, each, together
 from handoff_agent.convergence import ConvergenceSettings
 from handoff_agent.copying import Copying
 from handoff_agent.disks.moves import recorded
-from handoff_agent.domains import end_domain, is_active, is_running, run_again, undefine
+from handoff_agent.domains import end_domain, is_active, is_running, run_again, undefine, user_runs_it
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Changes, Handoff, Notify, Save
 from handoff_agent.ledger import Record
@@ -55,6 +55,7 @@ UNORDERED_PAUSE_S: Final = 0.5
 ASK_AGAIN_S: Final = 5.0
 # How long a guest that is to run again waits, at the most, for what was turned back before it.
 BACK_PATIENCE_S: Final = 0.5
+BEFORE_STOP_TIMEOUT_S: Final = 0.5
 
 
 class SourceHandoff(Handoff):
@@ -78,6 +79,7 @@ class SourceHandoff(Handoff):
         self._begun = False
         self._ordered_at = 0.0
         self._went_s = 0.0
+        self._is_near_stop = False
         self._stopping = False
         self._stopped_s = 0.0
         self._pause_over = (0.0, 0.0)
@@ -113,8 +115,12 @@ class SourceHandoff(Handoff):
         bandwidth: int,
         deadline_s: float,
         disks: Sequence[DiskMove] = (),
+        tunnel_address: str = "",
     ) -> None:
-        """Begins to send to `uri`; on return QEMU sends, or the handoff has FAILED, or its companions are at work."""
+        """Begins to send to `uri`; on return QEMU sends, or the handoff has FAILED, or its companions are at work.
+
+        `tunnel_address`: where the guest's frames go from the pause on, if the destination told.
+        """
         async with self.lock:
             if not self.permits(Call.START_TRANSFER):
                 return
@@ -124,6 +130,7 @@ class SourceHandoff(Handoff):
                 bandwidth_bytes_per_s=bandwidth,
                 switch_deadline_s=deadline_s,
                 transfer_uri=uri,
+                tunnel_address=tunnel_address,
                 started_s=time.time(),
                 disks=recorded(disks) if disks else self.record.disks,
             )
@@ -137,6 +144,7 @@ class SourceHandoff(Handoff):
         async with self.lock:
             if not self.permits(Call.SWITCH_OVER):
                 return
+            await self._follow_user()
             await asyncio.gather(self.change(state=SWITCHING), self._order())
             self._wake_up()
 
@@ -206,6 +214,20 @@ class SourceHandoff(Handoff):
         if self.state == before:
             await self.change(state=after)
 
+    async def before_stop(self) -> bool:
+        """Does what comes right before the guest is stopped. False: don't stop it, the switch is broken off."""
+        if not self.companions:
+            return True
+        self._is_near_stop = True
+        try:
+            async with asyncio.timeout(BEFORE_STOP_TIMEOUT_S):
+                await together(companion.pausing() for companion in self.companions)
+        except HandoffError as error:
+            self.break_off(error.message)
+        except TimeoutError:
+            self.break_off(f"what comes before the pause took more than {BEFORE_STOP_TIMEOUT_S:g} s")
+        return not self._breaker.reason
+
     def stopping(self) -> None:
         """The guest is being paused now: its deadline counts from here."""
         self._stopping = True
@@ -239,8 +261,7 @@ class SourceHandoff(Handoff):
             self._breaker.break_off(reason)
 
     def _on_break(self) -> None:
-        # Without a STOP, too: QEMU may wait for what a companion alone can end.
-        if self.companions:
+        if self._pausing is not None or self._is_near_stop:
             self._start_back()
         self._wake_up()
 
@@ -323,6 +344,15 @@ class SourceHandoff(Handoff):
                 self._next_look_s = RETRY_S
                 await self._notice_end()
 
+    async def _follow_user(self) -> None:
+        """Whoever paused the guest, or ran it again, before the switch was ordered meant it to stay so."""
+        if self._paused or self._stopping:
+            return
+        with contextlib.suppress(HandoffError):
+            runs = await user_runs_it(self._slot, self.record.domain_uuid)
+            if runs is not None and runs is not self.record.was_running:
+                await self.change(was_running=runs)
+
     async def _notice_end(self) -> None:
         with contextlib.suppress(HandoffError):
             if not await is_active(self._slot, self.record.domain_uuid):
@@ -332,6 +362,9 @@ class SourceHandoff(Handoff):
         match event:
             case None | ConnectionEvent(connected=True):
                 await self._look()
+            case MonitorEvent(event="STOP" | "RESUME") if not (self._ordered_at or self._stopping or self._paused):
+                await self._follow_user()
+                self._stopped_s = event.time_s if event.event == "STOP" and self.record.was_running else 0.0
             case MonitorEvent(event="STOP"):
                 self._stopped_s = event.time_s
                 if self.record.passes_on and not self._over:
@@ -342,7 +375,7 @@ class SourceHandoff(Handoff):
             case MonitorEvent(event="RESUME"):
                 self._pause_over = (self._stopped_s, event.time_s)
                 self._stopped_s = 0.0
-                if self._pausing is not None:
+                if self._pausing is not None or self._is_near_stop:
                     await self._turn_back()
             case MonitorEvent(event="MIGRATION"):
                 await self._act(MigrationStatus.parse(str(event.data.get("status"))))
@@ -406,6 +439,8 @@ class SourceHandoff(Handoff):
 
     async def _on_pause(self) -> None:
         if not self._paused:
+            if not self._ordered_at:
+                await self._follow_user()
             self._paused = True
             self._stopped_s = self._stopped_s or time.time()
             self._arm(self.record.switch_deadline_s if self._ordered_at else UNORDERED_PAUSE_S)
@@ -513,7 +548,7 @@ class SourceHandoff(Handoff):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        self._pausing = None
+        self._pausing, self._is_near_stop = None, False
         try:
             await each((companion.back() for companion in self.companions), self.log)
         except HandoffError as error:

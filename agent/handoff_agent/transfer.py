@@ -29,6 +29,9 @@ class Switch(Protocol):
     async def say_ready(self, *, ready: bool) -> None:
         """READY, or TRANSFERRING again."""
 
+    async def before_stop(self) -> bool:
+        """Does what comes right before the guest is stopped. False: don't stop it, the switch is broken off."""
+
     def stopping(self) -> None:
         """The guest is being paused now: its deadline counts from here."""
 

@@ -11,7 +11,7 @@ from typing import Self
 
 from handoff.controller.v1.guests_pb2 import ListGuestsRequest, ListGuestsResponse
 from handoff.controller.v1.guests_pb2_grpc import GuestsServiceStub
-from handoff.controller.v1.hosts_pb2 import ListHostsRequest, ListHostsResponse
+from handoff.controller.v1.hosts_pb2 import GetNetworkRequest, GetNetworkResponse, ListHostsRequest, ListHostsResponse
 from handoff.controller.v1.hosts_pb2_grpc import HostsServiceStub
 from handoff.controller.v1.migrations_pb2 import (
     CancelMigrationRequest,
@@ -22,6 +22,7 @@ from handoff.controller.v1.migrations_pb2 import (
     ListMigrationsResponse,
     Migration,
     MigrationKind,
+    RecoverMigrationRequest,
     WatchMigrationRequest,
 )
 from handoff.controller.v1.migrations_pb2_grpc import MigrationsServiceStub
@@ -30,6 +31,9 @@ from handoff_cli.newest import newest
 from handoff_cli.rollout_client import RolloutClient
 from handoff_cli.states import is_final
 from handoff_common.errors import HandoffError, InvalidArgumentError, PreconditionError
+
+# A decision may have to wait for the fence command.
+RECOVER_S = 60.0
 
 
 def new_request_id(now: datetime) -> str:
@@ -59,6 +63,11 @@ class Controllers:
         return await self._failover.read(
             lambda channel, s: HostsServiceStub(channel).ListHosts(ListHostsRequest(), timeout=s)
         )
+
+    async def network(self, host: str) -> GetNetworkResponse:
+        """The tenants' networks as one host has them."""
+        request = GetNetworkRequest(host=host)
+        return await self._failover.read(lambda channel, s: HostsServiceStub(channel).GetNetwork(request, timeout=s))
 
     async def guests(self, host: str = "") -> ListGuestsResponse:
         """The guests, of one host or of all."""
@@ -138,6 +147,13 @@ class Controllers:
         request = CancelMigrationRequest(id=beginning)
         response = await self._failover.write(
             lambda channel, s: MigrationsServiceStub(channel).CancelMigration(request, timeout=s)
+        )
+        return response.migration
+
+    async def recover(self, request: RecoverMigrationRequest) -> Migration:
+        """Takes a decision. Safe to repeat: a decision that is taken is answered with the migration."""
+        response = await self._failover.write(
+            lambda channel, s: MigrationsServiceStub(channel).RecoverMigration(request, timeout=s), try_s=RECOVER_S
         )
         return response.migration
 

@@ -9,7 +9,7 @@ class Exit(IntEnum):
     OK = 0
     """Done. With `--wait` and `watch`: the guest runs where it was asked to."""
     ABORTED = 1
-    """The migration was undone; the guest is where it was. Of a rollout: a guest failed, or it was cancelled."""
+    """The migration was undone, the guest is where it was; or the guest is lost. Of a rollout: a guest failed."""
     USAGE = 2
     """The command line, its configuration or the request is wrong (INVALID_ARGUMENT)."""
     NOT_FOUND = 3
@@ -29,7 +29,7 @@ class Exit(IntEnum):
 EXIT_HELP = """\b
 Exit status:
     0  done; with --wait and watch: the guest runs where it was asked to
-    1  the migration was undone, the guest is where it was; or a rollout did not reach every guest
+    1  the migration was undone, the guest is where it was, or is lost; or a rollout did not reach every guest
     2  the command line, configuration or request is wrong
     3  no such guest, host or migration
     4  refused as things stand

@@ -67,8 +67,8 @@ class Failover:
         except _RoundFailed as failure:
             raise failure.error from failure
 
-    async def write(self, call: Call[Answer]) -> Answer:
-        """The answer to a call that changes something and is safe to repeat.
+    async def write(self, call: Call[Answer], *, try_s: float | None = None) -> Answer:
+        """The answer to a call that changes something and is safe to repeat. `try_s`: for one try, in seconds.
 
         Goes on in rounds while a controller answers that it can't now, because an election takes a few seconds.
         Raises DeadlineError when a controller got the call and may have done it, UnavailableError when none did.
@@ -77,7 +77,7 @@ class Failover:
         unknown = False
         while True:
             try:
-                return await self._round(call, WRITE_S, ends)
+                return await self._round(call, try_s or WRITE_S, ends)
             except _RoundFailed as failure:
                 unknown = unknown or failure.unknown
                 if not failure.somebody_there or asyncio.get_running_loop().time() + ROUND_PAUSE_S > ends:

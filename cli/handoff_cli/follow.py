@@ -17,7 +17,7 @@ from handoff_cli.exits import Exit
 from handoff_cli.options import Output
 from handoff_cli.output import stderr, stdout, to_json
 from handoff_cli.render.migrations import aborted_sentence, done_sentence, lost_sentence
-from handoff_cli.render.progress import change_line, has_progress, live_view, progress_line
+from handoff_cli.render.progress import change_line, has_progress, live_view, pending_text, progress_line
 from handoff_cli.run import say_error, say_warning
 from handoff_cli.states import DONE
 from handoff_cli.units import now
@@ -36,6 +36,7 @@ class LinesView:
         self._clock = clock
         self._changes = 0
         self._progress_at: datetime | None = None
+        self._pending = ""
 
     def __call__(self, migration: Migration) -> None:
         """Prints what is new."""
@@ -44,6 +45,10 @@ class LinesView:
             self._console.print(change_line(change))
         changed = len(migration.timeline) > self._changes
         self._changes = len(migration.timeline)
+        pending = pending_text(migration)
+        if pending is not None and str(pending) != self._pending:
+            self._pending = str(pending)
+            self._console.print(pending)
         due = self._progress_at is None or (self._clock() - self._progress_at).total_seconds() >= PROGRESS_LINE_S
         if has_progress(migration) and due and not changed:
             self._progress_at = self._clock()
@@ -117,7 +122,7 @@ def print_result(migration: Migration, output: Output) -> Exit:
     if migration.state != DONE:
         say_error(aborted_sentence(migration))
         return Exit.ABORTED
-    if migration.error:
+    if migration.HasField("loss"):
         say_error(lost_sentence(migration))
         return Exit.ABORTED
     if output == "table":

@@ -18,6 +18,7 @@ COMMANDS = {
     "migrate": "Move a running guest to another host.",
     "upgrade": "Give a running guest, or all of a host, another QEMU.",
     "cancel": "Undo a migration; the guest stays where it is.",
+    "recover": "Decide for a migration that can't go on by itself.",
     "list": "List migrations, newest first.",
     "show": "Show a migration: timeline, pause, figures.",
     "watch": "Follow a migration until it is final.",
@@ -25,6 +26,7 @@ COMMANDS = {
     "rollout": "Show, follow or cancel the upgrade of a whole host.",
     "hosts": "List the hosts.",
     "guests": "List the guests.",
+    "network": "Show the tenants' networks as one host has them.",
 }
 
 

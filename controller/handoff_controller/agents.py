@@ -8,6 +8,8 @@ import grpc
 import grpc.aio
 
 from handoff.agent.v1.disk_pb2 import DiskMove
+from handoff.agent.v1.flow_pb2 import GetNetworkRequest, GetNetworkResponse, NetworkPort, SetNetworkRequest
+from handoff.agent.v1.flow_pb2_grpc import FlowServiceStub
 from handoff.agent.v1.host_pb2 import GetHostRequest, Host, WatchEventsRequest, WatchEventsResponse
 from handoff.agent.v1.host_pb2_grpc import HostServiceStub
 from handoff.agent.v1.qemu_pb2 import (
@@ -49,7 +51,14 @@ class Agent(Protocol):
     name: str
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: Sequence[DiskMove] = (),
     ) -> SourceGuest:
         """PrepareSource."""
 
@@ -64,18 +73,27 @@ class Agent(Protocol):
         method: "TransferMethod.ValueType" = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
         fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> Handoff:
         """PrepareDestination."""
 
     async def start_transfer(
-        self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits, disks: Sequence[DiskMove] = ()
+        self,
+        fence: Fence,
+        migration_id: str,
+        uri: str,
+        limits: TransferLimits,
+        disks: Sequence[DiskMove] = (),
+        tunnel_address: str = "",
     ) -> Handoff:
         """StartTransfer."""
 
     async def switch_over(self, fence: Fence, migration_id: str) -> Handoff:
         """SwitchOver."""
 
-    async def activate(self, fence: Fence, migration_id: str) -> Handoff:
+    async def activate(
+        self, fence: Fence, migration_id: str, *, heard_clock_ms: int, keep_paused: bool = False
+    ) -> Handoff:
         """Activate."""
 
     async def release_source(self, fence: Fence, migration_id: str, *, keep_disks: bool = False) -> Handoff:
@@ -84,7 +102,9 @@ class Agent(Protocol):
     async def finalize_destination(self, fence: Fence, migration_id: str) -> Handoff:
         """FinalizeDestination."""
 
-    async def abort(self, fence: Fence, migration_id: str, role: "HandoffRole.ValueType", reason: str) -> Handoff:
+    async def abort(
+        self, fence: Fence, migration_id: str, role: "HandoffRole.ValueType", reason: str, *, fenced: bool = False
+    ) -> Handoff:
         """AbortHandoff."""
 
     def watch(self, migration_id: str, role: "HandoffRole.ValueType") -> AsyncGenerator[Handoff, None]:
@@ -100,6 +120,7 @@ class GrpcAgent:
         self._channel = open_channel(address)
         self._host = HostServiceStub(self._channel)
         self._qemu = QemuServiceStub(self._channel)
+        self._flow = FlowServiceStub(self._channel)
 
     async def close(self) -> None:
         """Closes the channel; calls under way fail."""
@@ -121,6 +142,16 @@ class GrpcAgent:
         response = await self._answer(lambda: self._qemu.ListDomains(ListDomainsRequest(), timeout=READ_S))
         return tuple(response.domains)
 
+    async def set_network(self, fence: Fence, generation: int, ports: Sequence[NetworkPort]) -> bool:
+        """SetNetwork: whether its switch has it already."""
+        request = SetNetworkRequest(fence=fence, generation=generation, ports=ports)
+        response = await self._answer(lambda: self._flow.SetNetwork(request, timeout=READ_S))
+        return response.applied
+
+    async def get_network(self) -> GetNetworkResponse:
+        """GetNetwork."""
+        return await self._answer(lambda: self._flow.GetNetwork(GetNetworkRequest(), timeout=READ_S))
+
     async def list_handoffs(self) -> tuple[Handoff, ...]:
         """ListHandoffs."""
         response = await self._answer(lambda: self._qemu.ListHandoffs(ListHandoffsRequest(), timeout=READ_S))
@@ -138,13 +169,25 @@ class GrpcAgent:
             call.cancel()
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: Sequence[DiskMove] = (),
     ) -> SourceGuest:
         """PrepareSource."""
         request = PrepareSourceRequest(
-            fence=fence, migration_id=migration_id, domain_uuid=domain_uuid, validate_only=validate_only, local=local
+            fence=fence,
+            migration_id=migration_id,
+            domain_uuid=domain_uuid,
+            validate_only=validate_only,
+            local=local,
+            disks=disks,
         )
-        response = await self._answer(lambda: self._qemu.PrepareSource(request, timeout=ORDER_S))
+        response = await self._answer(lambda: self._qemu.PrepareSource(request, timeout=DOMAIN_S if disks else ORDER_S))
         return response.guest
 
     async def prepare_destination(
@@ -158,6 +201,7 @@ class GrpcAgent:
         method: "TransferMethod.ValueType" = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
         fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> Handoff:
         """PrepareDestination."""
         request = PrepareDestinationRequest(
@@ -169,15 +213,24 @@ class GrpcAgent:
             method=method,
             emulator=emulator,
             fast=fast,
+            bandwidth_bytes_per_s=bandwidth_bytes_per_s,
         )
         response = await self._answer(lambda: self._qemu.PrepareDestination(request, timeout=DOMAIN_S))
         return response.handoff
 
     async def start_transfer(
-        self, fence: Fence, migration_id: str, uri: str, limits: TransferLimits, disks: Sequence[DiskMove] = ()
+        self,
+        fence: Fence,
+        migration_id: str,
+        uri: str,
+        limits: TransferLimits,
+        disks: Sequence[DiskMove] = (),
+        tunnel_address: str = "",
     ) -> Handoff:
         """StartTransfer."""
-        request = StartTransferRequest(fence=fence, migration_id=migration_id, uri=uri, limits=limits, disks=disks)
+        request = StartTransferRequest(
+            fence=fence, migration_id=migration_id, uri=uri, limits=limits, disks=disks, tunnel_address=tunnel_address
+        )
         response = await self._answer(lambda: self._qemu.StartTransfer(request, timeout=ORDER_S))
         return response.handoff
 
@@ -187,9 +240,13 @@ class GrpcAgent:
         response = await self._answer(lambda: self._qemu.SwitchOver(request, timeout=ORDER_S))
         return response.handoff
 
-    async def activate(self, fence: Fence, migration_id: str) -> Handoff:
+    async def activate(
+        self, fence: Fence, migration_id: str, *, heard_clock_ms: int, keep_paused: bool = False
+    ) -> Handoff:
         """Activate."""
-        request = ActivateRequest(fence=fence, migration_id=migration_id)
+        request = ActivateRequest(
+            fence=fence, migration_id=migration_id, heard_clock_ms=heard_clock_ms, keep_paused=keep_paused
+        )
         response = await self._answer(lambda: self._qemu.Activate(request, timeout=ORDER_S))
         return response.handoff
 
@@ -205,9 +262,11 @@ class GrpcAgent:
         response = await self._answer(lambda: self._qemu.FinalizeDestination(request, timeout=DOMAIN_S))
         return response.handoff
 
-    async def abort(self, fence: Fence, migration_id: str, role: "HandoffRole.ValueType", reason: str) -> Handoff:
+    async def abort(
+        self, fence: Fence, migration_id: str, role: "HandoffRole.ValueType", reason: str, *, fenced: bool = False
+    ) -> Handoff:
         """AbortHandoff."""
-        request = AbortHandoffRequest(fence=fence, migration_id=migration_id, role=role, reason=reason)
+        request = AbortHandoffRequest(fence=fence, migration_id=migration_id, role=role, reason=reason, fenced=fenced)
         response = await self._answer(lambda: self._qemu.AbortHandoff(request, timeout=DOMAIN_S))
         return response.handoff
 

@@ -1,11 +1,18 @@
 """The leader's work: one driver for each migration that is not final, admission, and the look at the fleet."""
 
 import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import structlog
 
 from handoff.agent.v1.types_pb2 import Fence
-from handoff.controller.v1.migrations_pb2 import CreateMigrationRequest, CreateUpgradeRequest, Migration
+from handoff.controller.v1.migrations_pb2 import (
+    CreateMigrationRequest,
+    CreateUpgradeRequest,
+    Migration,
+    RecoverMigrationRequest,
+)
 from handoff_common.errors import (
     ConflictError,
     DeadlineError,
@@ -16,12 +23,17 @@ from handoff_common.errors import (
 )
 from handoff_controller.admission import admit
 from handoff_controller.agents import Agents
+from handoff_controller.decisions import Decision, check_decidable, is_taken
 from handoff_controller.driver import Driver
 from handoff_controller.etcd.client import EtcdClient
 from handoff_controller.etcd.election import Leadership
+from handoff_controller.fencing import FenceCommand
 from handoff_controller.fleet import Fleet
-from handoff_controller.machine import FINAL, state_of
-from handoff_controller.planner import Planner
+from handoff_controller.machine import FINAL, State, state_of
+from handoff_controller.network import FabricView
+from handoff_controller.network_keeper import NetworkKeeper
+from handoff_controller.planner import Planner, check_same
+from handoff_controller.retention import forgettable, lost_for_long
 from handoff_controller.rollouts import Rollouts
 from handoff_controller.settings import ControllerSettings
 from handoff_controller.settle import Settler
@@ -33,8 +45,11 @@ log = structlog.get_logger()
 
 PASSING = (ConflictError, UnavailableError, DeadlineError)
 ADOPT_EVERY_S = 5.0
+FORGET_EVERY_S = 300.0
+FORGOTTEN_AT_ONCE = 200
 RETRY_S = 0.5
 RETRY_AFTER_BUG_S = 5.0
+ON_THE_WAY = frozenset({State.PREPARING, State.COPYING, State.SWITCHING, State.COMMITTED, State.FINISHING})
 
 
 class Conductor:
@@ -50,7 +65,10 @@ class Conductor:
         self._fence = Fence(term=leadership.term, leader=settings.name)
         self._planner = Planner(self._store, agents, self._fence)
         self._upgrades = UpgradePlanner(self._store, agents, self._fence)
-        self._fleet = Fleet(agents, self._store, Settler(self._store, self._fence, self._is_driven))
+        self._network = NetworkKeeper(agents, self._store, self._fence, FabricView(settings.static_ports), self._moving)
+        self._settler = Settler(self._store, self._fence, self._is_driven)
+        self._fleet = Fleet(agents, self._store, self._settler, self._network.look_again)
+        self._fencing = FenceCommand(settings.fencing)
         self.rollouts = Rollouts(self._store, agents, self.create)
         self._volumes = Volumes(settings.volumes)
         self._drivers: dict[str, Driver] = {}
@@ -66,6 +84,8 @@ class Conductor:
                 await self._adopt_all()
                 self._group.create_task(self._keep_adopting(), name="adoption")
                 self._group.create_task(self.rollouts.run(), name="rollouts")
+                self._group.create_task(self._keep_forgetting(), name="retention")
+                self._group.create_task(self._network.run(), name="network")
                 await self._fleet.run()
         except BaseExceptionGroup as group:
             stale, others = group.split(StaleTermError)
@@ -80,6 +100,7 @@ class Conductor:
         # Admission must know of everything that is in flight.
         await self._adopted.wait()
         if request.request_id and (known := await self._store.find_migration(request.request_id)) is not None:
+            check_same(request, known)
             return known
         planned = await self._planned(request)
         if isinstance(request, CreateMigrationRequest) and request.validate_only:
@@ -101,6 +122,20 @@ class Conductor:
             raise PreconditionError(f"migration {migration.id} is {state_of(migration).name} already")
         raise UnavailableError(f"migration {migration.id} is just being taken over; try again")
 
+    async def recover(self, request: RecoverMigrationRequest) -> Migration:
+        """Carries out what an operator decides; see RecoverMigration for what it raises."""
+        migration = await self._store.migration(request.id)
+        decision = Decision(request.target, request.by or "unknown", request.fenced_host, request.accept_loss)
+        driver = self._drivers.get(migration.id)
+        if driver is not None:
+            return await driver.recover(decision)
+        if is_taken(migration, decision):
+            return migration
+        check_decidable(migration, decision)
+        raise UnavailableError(
+            f"nobody works at migration {migration.id} at the moment: {migration.waiting_for or 'try again'}"
+        )
+
     async def _adopt_all(self) -> None:
         while True:
             try:
@@ -109,7 +144,7 @@ class Conductor:
             except PASSING as error:
                 log.warning("the migrations can't be read", error=error.message)
         for migration in in_flight:
-            self._adopt(migration)
+            await self._adopt(migration)
         self._adopted.set()
         await self._admit()
 
@@ -125,12 +160,12 @@ class Conductor:
                         continue
                     migration = await self._store.find_migration(guest.active_migration)
                     if migration is not None:
-                        self._adopt(migration)
+                        await self._adopt(migration)
             except PASSING as error:
                 log.warning("the guests can't be read", error=error.message)
             await self._admit()
 
-    def _adopt(self, migration: Migration) -> None:
+    async def _adopt(self, migration: Migration) -> None:
         try:
             if state_of(migration) in FINAL or migration.id in self._drivers or migration.id in self._left_alone:
                 return
@@ -138,12 +173,49 @@ class Conductor:
             log.error("a migration of another release; it waits", migration=migration.id, error=str(error))
             self._left_alone.add(migration.id)
             return
-        if any(place.host not in self._agents for place in (migration.source, migration.destination)):
-            log.error("a migration's host is not configured any more; it waits", migration=migration.id)
-            self._left_alone.add(migration.id)
+        places = (migration.source, migration.destination)
+        missing = sorted({place.host for place in places if place.host not in self._agents})
+        if missing:
+            await self._leave_alone(migration, missing)
             return
         log.info("adopted", migration=migration.id, state=state_of(migration).name)
         self._start(migration)
+
+    async def _leave_alone(self, migration: Migration, missing: Sequence[str]) -> None:
+        """Nothing can be done for it without both agents: the record says what is missing."""
+        log.error("a migration's host is not configured any more; it waits", migration=migration.id, missing=missing)
+        self._left_alone.add(migration.id)
+        hosts = " and ".join(missing)
+        changed = Migration()
+        changed.CopyFrom(migration)
+        changed.waiting_for = (
+            f"{hosts} to be in the controllers' configuration (hosts) again; nothing is done until then"
+        )
+        if changed != migration:
+            try:
+                await self._store.save(changed)
+            except (*PASSING, NotFoundError) as error:
+                log.warning("not noted what it waits for", migration=migration.id, error=error.message)
+
+    async def _keep_forgetting(self) -> None:
+        """Deletes the records of migrations that have ended long ago."""
+        while True:
+            await asyncio.sleep(FORGET_EVERY_S)
+            try:
+                await self._forget_old_ones()
+            except PASSING as error:
+                log.warning("old migrations not forgotten", error=error.message)
+
+    async def _forget_old_ones(self) -> None:
+        keep, now = self._settings.keep_migrations, datetime.now(UTC)
+        migrations = await self._store.migrations()
+        old = forgettable(migrations, keep, now, self._agents.names(), self._settler.unsettled)
+        for migration in old[:FORGOTTEN_AT_ONCE]:
+            await self._store.forget(migration)
+        for guest in lost_for_long(await self._store.guests(), keep, now):
+            await self._store.put_guest(guest)
+        if old:
+            log.info("old migrations forgotten", count=min(len(old), FORGOTTEN_AT_ONCE))
 
     async def _planned(self, request: CreateMigrationRequest | CreateUpgradeRequest) -> Migration:
         try:
@@ -161,6 +233,11 @@ class Conductor:
     def _is_driven(self, migration_id: str) -> bool:
         return migration_id in self._drivers
 
+    def _moving(self) -> dict[str, Migration]:
+        """The migrations whose guests may be on their way, by the guest's UUID."""
+        migrations = (driver.migration for driver in self._drivers.values())
+        return {each.guest_uuid: each for each in migrations if state_of(each) in ON_THE_WAY}
+
     def _start(self, migration: Migration) -> None:
         if migration.id in self._drivers:  # adopted while its creator waited for etcd's answer
             return
@@ -177,6 +254,8 @@ class Conductor:
             self._fence,
             self._admitted[migration.id],
             self._volumes,
+            self._fencing,
+            self._network,
         )
 
     async def _drive(self, migration_id: str) -> None:

@@ -10,50 +10,29 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
-from typing import Protocol, TypeVar
-
-import structlog
 
 from handoff.agent.v1.disk_pb2 import DiskMove
-from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState, TransferLimits, TransferProgress
+from handoff.agent.v1.qemu_pb2 import Handoff, HandoffState, TransferLimits
 from handoff.agent.v1.types_pb2 import Fence
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind
-from handoff.storage.v1.access_pb2 import Volume
-from handoff_common.errors import DeadlineError, HandoffError, PreconditionError, UnavailableError
+from handoff_common.errors import HandoffError, PreconditionError, UnavailableError
 from handoff_controller.agents import Agent
+from handoff_controller.decisions import Decision, Decisions, check_decidable, is_taken
+from handoff_controller.fencing import Fencing
+from handoff_controller.forward import Forward, Peers
+from handoff_controller.journey import FIRST_PAUSE_S, SOURCE, TRANSIENT, Journey, Records, StepFailed
 from handoff_controller.machine import CANCELLABLE, FINAL, PHASES, Event, State, Step, enter, next_state, state_of
-from handoff_controller.volumes import Volumes, check_unchanged, label, network_volumes
-
-log = structlog.get_logger()
-Answer = TypeVar("Answer")
+from handoff_controller.undo import Undo
+from handoff_controller.volume_steps import VolumeSteps
+from handoff_controller.volumes import Volumes
 
 # How long an agent may be out of reach, in seconds, before its step counts as failed. A restarted agent is back within
 # a few seconds. While the guest may be paused (SWITCHING) we give up sooner: the abort is what brings it back.
-PATIENCE_S = {State.PREPARING: 15.0, State.COPYING: 30.0, State.SWITCHING: 5.0, State.FINISHING: 30.0}
-ABORT_DESTINATION_PATIENCE_S = 30.0
-FIRST_PAUSE_S = 0.1
-LONGEST_PAUSE_S = 2.0
+PATIENCE_S = {State.PREPARING: 15.0, State.COPYING: 30.0, State.SWITCHING: 5.0}
 PROGRESS_INTERVAL_S = 1.0
 
-TRANSIENT = (UnavailableError, DeadlineError)
-SOURCE = HandoffRole.HANDOFF_ROLE_SOURCE
-DESTINATION = HandoffRole.HANDOFF_ROLE_DESTINATION
-RAN_HERE = frozenset({HandoffState.HANDOFF_STATE_ACTIVE, HandoffState.HANDOFF_STATE_FINALIZED})
-
-
-class Records(Protocol):
-    """Where migrations are kept; see store.py."""
-
-    async def save(self, migration: Migration) -> Migration:
-        """Writes a changed record, with what its state means for the guest's owner, in one transaction."""
-
-    async def put_progress(self, migration_id: str, progress: TransferProgress) -> None:
-        """Publishes a reading of the copy; it may be lost."""
-
-
-class StepFailed(Exception):  # noqa: N818 - an outcome, not an error of the program
-    """A step can't succeed any more. The message is what the record will say."""
+# The guest waits meanwhile; who has to know is told in FINISHING.
+IN_THE_PAUSE = frozenset({State.SWITCHING, State.COMMITTED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,27 +55,45 @@ class Driver:
         fence: Fence,
         admitted: asyncio.Event,
         volumes: Volumes,
+        fencing: Fencing,
+        peers: Peers | None = None,
     ) -> None:
-        """`admitted` is set once the migration may begin."""
-        self._volumes = volumes
-        self.migration = migration
+        """`admitted` is set once the migration may begin. Without `peers`, nobody is told where the guest is."""
+        self._way = Journey(migration, records, source, destination, fence)
+        self._decisions = Decisions()
+        self._forward = Forward(self._way, self._decisions, fencing, peers)
+        self._volumes = VolumeSteps(self._way, volumes)
+        self._undo = Undo(self._way, self._decisions, fencing)
         self._records = records
         self._source = source
         self._destination = destination
         self._fence = fence
         self._admitted = admitted
+        self._peers = peers
         self._cancelled = asyncio.Event()
+        self._disks_are_there = asyncio.Event()
         if migration.cancel_requested:
             self._cancelled.set()
-        self._lock = asyncio.Lock()
-        self._held_at: float | None = None
-        self._committed_at: float | None = None
-        self._log = log.bind(migration=migration.id, guest=migration.guest_name, term=fence.term)
+        self._lock = self._way.lock
+        self._log = self._way.log
+        self._insist = self._way.insist
+
+    @property
+    def migration(self) -> Migration:
+        """The record as it is now."""
+        return self._way.migration
+
+    @migration.setter
+    def migration(self, changed: Migration) -> None:
+        self._way.migration = changed
 
     async def run(self) -> Migration:
         """Goes on until the state is final. Raises what `Records.save` raises: then another leader goes on."""
-        while (state := state_of(self.migration)) not in FINAL:
-            await self._advance(await self._perform(state))
+        try:
+            while (state := state_of(self.migration)) not in FINAL:
+                await self._advance(await self._perform(state))
+        finally:
+            self._decisions.close(self.migration)
         return self.migration
 
     async def cancel(self) -> Migration:
@@ -117,6 +114,13 @@ class Driver:
                 self._cancelled.set()
         return self.migration
 
+    async def recover(self, decision: Decision) -> Migration:
+        """Carries out an operator's decision. Raises PreconditionError when it is unsafe, or needless."""
+        if not is_taken(self.migration, decision):
+            check_decidable(self.migration, decision)
+            await self._decisions.ask(decision)
+        return self.migration
+
     async def wait_for(self, reason: str) -> None:
         """Notes in the record what a planned migration waits for."""
         async with self._lock:
@@ -135,10 +139,14 @@ class Driver:
             state = next_state(before, work.event)
             changed = enter(self.migration, state, at=datetime.now(UTC), term=self._fence.term, reason=work.reason)
             self.migration = await self._records.save(changed)
+        self._decisions.recorded()
         if state is State.COMMITTED:
-            self._committed_at = asyncio.get_running_loop().time()
-            if self._held_at is not None:
-                self.migration.outcome.held_to_committed_ms = 1000 * (self._committed_at - self._held_at)
+            self._way.committed_at = asyncio.get_running_loop().time()
+            if self._way.held_at is not None:
+                passed_s = self._way.committed_at - self._way.held_at
+                self.migration.outcome.held_to_committed_ms = 1000 * passed_s
+        if self._peers is not None and state not in IN_THE_PAUSE:
+            self._peers.look_again()
         self._log.info("state", state=state.name, reason=work.reason)
 
     async def _perform(self, state: State) -> Work:
@@ -188,14 +196,17 @@ class Driver:
             Step.PREPARE_DESTINATION: self._prepare_destination,
             Step.START_TRANSFER: self._start_transfer,
             Step.AWAIT_READY: self._await_ready,
+            Step.CONFIRM_DESTINATION: self._confirm_destination,
             Step.SWITCH_OVER: self._switch_over,
             Step.AWAIT_HELD: self._await_held,
-            Step.ACTIVATE: self._activate,
-            Step.RELEASE_SOURCE: self._release_source,
-            Step.FINALIZE_DESTINATION: self._finalize_destination,
-            Step.ABORT_SOURCE: self._abort_source,
-            Step.ABORT_DESTINATION: self._abort_destination,
-            Step.REVOKE_VOLUMES: self._revoke_volumes,
+            Step.ACTIVATE: self._forward.activate,
+            Step.POINT_PEERS: self._forward.point_peers,
+            Step.AWAIT_DISKS: self._forward.disks.arrive,
+            Step.RELEASE_SOURCE: self._forward.release_source,
+            Step.FINALIZE_DESTINATION: self._forward.finalize_destination,
+            Step.ABORT_SOURCE: self._undo.abort_source,
+            Step.ABORT_DESTINATION: self._undo.abort_destination,
+            Step.REVOKE_VOLUMES: self._volumes.revoke,
         }
         try:
             if phase.concurrent:
@@ -208,29 +219,6 @@ class Driver:
         except StepFailed as failure:
             return Work(Event.FAILED, str(failure))
 
-    async def _insist(
-        self, call: Callable[[], Awaitable[Answer]], patience_s: float, *, also_refusals: bool = False
-    ) -> Answer:
-        """Repeats an idempotent call while its agent can't be reached, for `patience_s` seconds.
-
-        Raises StepFailed with the last error. `also_refusals`: a refusal is repeated too, where going back is no
-        choice.
-        """
-        loop = asyncio.get_running_loop()
-        gives_up = loop.time() + patience_s
-        pause_s = FIRST_PAUSE_S
-        while True:
-            try:
-                return await call()
-            except HandoffError as error:
-                if not isinstance(error, TRANSIENT) and not also_refusals:
-                    raise StepFailed(error.message) from error
-                if loop.time() + pause_s > gives_up:
-                    raise StepFailed(error.message) from error
-                self._log.warning("agent call failed; trying again", error=error.message)
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-
     async def _await_admission(self) -> None:
         await self._admitted.wait()
 
@@ -241,36 +229,13 @@ class Driver:
                 self.migration.id,
                 self.migration.guest_uuid,
                 local=self.migration.kind == MigrationKind.MIGRATION_KIND_UPGRADE,
+                disks=self.migration.disks,
             ),
             PATIENCE_S[State.PREPARING],
         )
 
     async def _grant_volumes(self) -> None:
-        """Lets the destination open the guest's network volumes."""
-        planned = self.migration.volumes
-        try:
-            check_unchanged(self.migration.guest_name, planned, self._volumes_now())
-        except PreconditionError as error:
-            raise StepFailed(error.message) from error
-        host = self.migration.destination.host
-        for volume in planned:
-            await self._insist(partial(self._volumes.grant, volume, host), PATIENCE_S[State.PREPARING])
-
-    def _volumes_now(self) -> list[Volume]:
-        # A guest that stays on its host needs no other access than it has.
-        upgrade = self.migration.kind == MigrationKind.MIGRATION_KIND_UPGRADE
-        return [] if upgrade else network_volumes(self._guest.domain.disks)
-
-    async def _revoke_volumes(self) -> None:
-        """Shuts the host out that does not have the guest in the end, also where its agent does not answer."""
-        gone = state_of(self.migration) is State.FINISHING
-        host = self.migration.source.host if gone else self.migration.destination.host
-        for volume in self.migration.volumes:
-            call = partial(self._volumes.revoke, volume, host)
-            try:
-                await self._insist(call, PATIENCE_S[State.FINISHING], also_refusals=True)
-            except StepFailed as failure:
-                self._warn(f"{failure}. Take {label(volume)} from {host} by hand")
+        await self._volumes.grant(self._guest.domain.disks)
 
     async def _prepare_destination(self) -> None:
         handoff = await self._insist(self._listening, PATIENCE_S[State.PREPARING])
@@ -278,6 +243,7 @@ class Driver:
             raise StepFailed(f"{self.migration.destination.host}: {handoff.message}")
         self.migration.listen_uri = handoff.listen_uri
         set_disks(self.migration, handoff.disks)
+        self.migration.destination_tunnel_address = handoff.tunnel_address
 
     async def _listening(self) -> Handoff:
         """PrepareDestination. An agent that was restarted in the middle of it has first to undo what it began."""
@@ -289,6 +255,7 @@ class Driver:
             method=self.migration.method,
             emulator=self.migration.release,
             fast=self.migration.options.fast,
+            bandwidth_bytes_per_s=self.migration.options.bandwidth_bytes_per_s,
         )
         if handoff.state == HandoffState.HANDOFF_STATE_PREPARED and not handoff.listen_uri:
             raise UnavailableError(f"{self.migration.destination.host}: the incoming domain is not ready yet")
@@ -303,7 +270,12 @@ class Driver:
         )
         await self._insist(
             lambda: self._source.start_transfer(
-                self._fence, self.migration.id, self.migration.listen_uri, limits, self.migration.disks
+                self._fence,
+                self.migration.id,
+                self.migration.listen_uri,
+                limits,
+                self.migration.disks,
+                self.migration.destination_tunnel_address,
             ),
             PATIENCE_S[State.COPYING],
         )
@@ -321,6 +293,13 @@ class Driver:
             publish=True,
         )
 
+    async def _confirm_destination(self) -> None:
+        """Hears from the destination once more: after the commit only it can run the guest."""
+        handoff = await self._insist(self._way.see_destination, PATIENCE_S[State.SWITCHING])
+        if handoff.state != HandoffState.HANDOFF_STATE_PREPARED:
+            reason = handoff.message or f"its copy is {HandoffState.Name(handoff.state)}"
+            raise StepFailed(f"{self.migration.destination.host}: {reason}")
+
     async def _switch_over(self) -> None:
         await self._insist(
             lambda: self._source.switch_over(self._fence, self.migration.id), PATIENCE_S[State.SWITCHING]
@@ -329,7 +308,8 @@ class Driver:
     async def _await_held(self) -> None:
         handoff = await self._watch_source(frozenset({HandoffState.HANDOFF_STATE_HELD}), PATIENCE_S[State.SWITCHING])
         # Another leader, or a watch that was lost, may have missed the moment itself.
-        self._held_at = asyncio.get_running_loop().time() - handoff.switch_timings.held_for_ms / 1000
+        self._way.held_at = asyncio.get_running_loop().time() - handoff.switch_timings.held_for_ms / 1000
+        self.migration.stays_paused = not handoff.was_running
         outcome = self.migration.outcome
         outcome.paused_time.CopyFrom(handoff.switch_timings.paused_time)
         outcome.paused_to_held_ms = handoff.switch_timings.paused_to_held_ms
@@ -369,134 +349,6 @@ class Driver:
             except HandoffError as error:
                 raise StepFailed(error.message) from error
             await asyncio.sleep(FIRST_PAUSE_S)
-
-    async def _activate(self) -> Event | None:
-        """Runs the guest at the destination, however long it takes; or learns that it never can have run there."""
-        handoff = await self._persist("activate", self._activated)
-        if handoff.state in RAN_HERE:
-            self._note_running(handoff)
-            return None
-        if not handoff.never_ran:
-            # It may have run, and written to its disks: the held copy is of the past.
-            self.migration.error = (
-                f"{self.migration.guest_name} was moved to {self.migration.destination.host} and does not run there: "
-                f"{handoff.message}. Start it there"
-            )
-            return None
-        why = handoff.message or "the destination's copy is gone"
-        undone = await self._persist(
-            "fence",
-            lambda: self._destination.abort(self._fence, self.migration.id, DESTINATION, f"never ran: {why}"),
-        )
-        if undone.state in RAN_HERE:
-            self._note_running(undone)
-            return None
-        self.migration.error = f"{self.migration.destination.host} could not run the guest: {why}"
-        return Event.FENCED
-
-    async def _activated(self) -> Handoff:
-        """Activate. A copy that was aborted refuses it: its state is the answer, and may be the proof."""
-        try:
-            return await self._destination.activate(self._fence, self.migration.id)
-        except PreconditionError:
-            # A leader that ended between the proof and its record has aborted it.
-            async with aclosing(self._destination.watch(self.migration.id, DESTINATION)) as states:
-                handoff = await anext(states)
-            if handoff.state != HandoffState.HANDOFF_STATE_ABORTED:
-                raise
-            return handoff
-
-    async def _persist(self, what: str, call: Callable[[], Awaitable[Handoff]]) -> Handoff:
-        """Repeats a call for ever: the guest is committed to its host. The operator sees why in the record."""
-        while True:
-            try:
-                return await self._insist(call, 10.0, also_refusals=True)
-            except StepFailed as failure:
-                self._log.error("the destination owns the guest but does not answer", call=what, error=str(failure))
-                async with self._lock:
-                    self._warn(f"{what}: {failure}")
-                    self.migration = await self._records.save(self.migration)
-
-    def _note_running(self, handoff: Handoff) -> None:
-        outcome = self.migration.outcome
-        if self._committed_at is not None and self._held_at is not None:
-            passed_ms = 1000 * (asyncio.get_running_loop().time() - self._committed_at)
-            outcome.committed_to_running_ms = max(0.0, passed_ms - handoff.activate_timings.running_for_ms)
-            outcome.downtime_ms = (
-                outcome.paused_to_held_ms + outcome.held_to_committed_ms + outcome.committed_to_running_ms
-            )
-        else:
-            self._warn("the leader changed during the pause: downtime_ms is from the clocks of two hosts")
-            if outcome.HasField("paused_time"):
-                running_ns = handoff.activate_timings.running_time.ToNanoseconds()
-                outcome.downtime_ms = max(0.0, (running_ns - outcome.paused_time.ToNanoseconds()) / 1e6)
-
-    async def _release_source(self) -> None:
-        released = await self._try(
-            "release",
-            self.migration.source.host,
-            lambda: self._source.release_source(
-                self._fence, self.migration.id, keep_disks=self.migration.options.keep_source_disks
-            ),
-        )
-        if released is not None:
-            # QEMU's final figures come after "held", when nobody waits for them.
-            outcome = self.migration.outcome
-            outcome.qemu_downtime_ms = released.switch_timings.qemu_downtime_ms or outcome.qemu_downtime_ms
-            outcome.ram_bytes = max(outcome.ram_bytes, released.progress.ram_transferred_bytes)
-            outcome.iterations = max(outcome.iterations, released.progress.iterations)
-
-    async def _finalize_destination(self) -> None:
-        await self._try(
-            "finalize",
-            self.migration.destination.host,
-            lambda: self._destination.finalize_destination(self._fence, self.migration.id),
-        )
-
-    async def _try(self, what: str, host: str, call: Callable[[], Awaitable[Handoff]]) -> Handoff | None:
-        try:
-            return await self._insist(call, PATIENCE_S[State.FINISHING], also_refusals=True)
-        except StepFailed as failure:
-            self._warn(f"{what} on {host} has not been done: {failure}. It is done when the host's agent is back")
-            return None
-
-    async def _abort_source(self) -> None:
-        """Lets the guest run at the source again. There is no giving up: it may be held there."""
-        while True:
-            try:
-                handoff = await self._insist(
-                    lambda: self._source.abort(self._fence, self.migration.id, SOURCE, self.migration.error),
-                    10.0,
-                    also_refusals=True,
-                )
-            except StepFailed as failure:
-                self._log.error("the source does not confirm the abort", error=str(failure))
-                async with self._lock:
-                    self._warn(f"{self.migration.source.host} does not confirm the abort, which goes on: {failure}")
-                    self.migration = await self._records.save(self.migration)
-                continue
-            outcome = self.migration.outcome
-            outcome.downtime_ms = handoff.switch_timings.paused_to_resumed_ms
-            if handoff.message and handoff.message not in self.migration.error:
-                self._warn(f"{self.migration.source.host}: {handoff.message}")
-            return
-
-    async def _abort_destination(self) -> None:
-        try:
-            await self._insist(
-                lambda: self._destination.abort(self._fence, self.migration.id, DESTINATION, self.migration.error),
-                ABORT_DESTINATION_PATIENCE_S,
-                also_refusals=True,
-            )
-        except StepFailed as failure:
-            self._warn(
-                f"the copy on {self.migration.destination.host} has not been removed: {failure}. "
-                "It never ran, and is removed when the host's agent is back"
-            )
-
-    def _warn(self, warning: str) -> None:
-        if warning not in self.migration.warnings:
-            self.migration.warnings.append(warning)
 
 
 def set_disks(migration: Migration, disks: Iterable[DiskMove]) -> None:

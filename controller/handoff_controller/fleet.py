@@ -29,12 +29,15 @@ REFRESH_RECORD_S = 15.0
 class Fleet:
     """The hosts as the leader sees them."""
 
-    def __init__(self, agents: Agents, store: Store, settler: Settler) -> None:
+    def __init__(self, agents: Agents, store: Store, settler: Settler, changed: Callable[[], None]) -> None:
+        """`changed` is called whenever a host or a guest is not what it was."""
         self._agents = agents
         self._store = store
         self._settler = settler
+        self._changed = changed
         self._hosts: dict[str, Host] = {}
         self._reported: dict[str, set[str]] = {}
+        self._problems: dict[str, list[str]] = {}
 
     async def run(self) -> None:
         """Looks at every host, for ever. Raises StaleTermError when we don't lead any more."""
@@ -53,7 +56,7 @@ class Fleet:
             host.detail.CopyFrom(await agent.get_host())
             domains = await agent.list_domains()
         except HandoffError as error:
-            self._describe_absent(host, error)
+            await self._describe_absent(host, error)
         else:
             host.seen_time.FromDatetime(datetime.now(UTC))
             lost = [slot.name for slot in host.detail.slots if not slot.connected]
@@ -62,19 +65,28 @@ class Fleet:
                 host.message = f"libvirt of slot {', '.join(lost)} does not answer"
             host.domains.extend(domains)
             host.guests = sum(domain.state in ACTIVE and not domain.migration_id for domain in domains)
+            host.problems.extend(self._problems.get(name, ()))
         await self._record(host)
         if domains is not None and host.state == HostState.HOST_STATE_UP:
             await self._reconcile(name, domains, guests)
-            await self._settler.settle(agent)
+            self._problems[name] = await self._settler.settle(agent)
+            if self._problems[name] != list(host.problems):
+                host.problems[:] = self._problems[name]
+                await self._record(host)
         else:
             self._reported.pop(name, None)
+            self._settler.forget(name)
         return host
 
-    def _describe_absent(self, host: Host, error: HandoffError) -> None:
+    async def _describe_absent(self, host: Host, error: HandoffError) -> None:
         """An agent that is away says nothing of its guests: what it told last stays in the record."""
         last = self._hosts.get(host.name)
+        if last is None:  # what it told another leader
+            last = next((one for one in await self._store.hosts() if one.name == host.name), None)
         if last is not None:
+            address = host.agent_address
             host.CopyFrom(last)
+            host.agent_address = address
         host.state = HostState.HOST_STATE_DOWN
         host.message = error.message
 
@@ -115,6 +127,7 @@ class Fleet:
             return
         await self._store.put_host(host)
         self._hosts[host.name] = host
+        self._changed()
 
     async def _reconcile(self, name: str, domains: tuple[Domain, ...], guests: tuple[Guest, ...]) -> None:
         self._reported[name] = {domain.uuid for domain in domains}
@@ -123,6 +136,8 @@ class Fleet:
             await self._write(self._store.put_guest, guest, "guest")
         for guest in changes.forgotten:
             await self._write(self._store.delete_guest, guest, "guest gone")
+        if changes.written or changes.forgotten:
+            self._changed()
 
     @staticmethod
     async def _write(write: Callable[[Guest], Awaitable[None]], guest: Guest, event: str) -> None:

@@ -2,7 +2,7 @@
 
     PLANNED -> PREPARING -> COPYING -> SWITCHING -> COMMITTED -> FINISHING -> DONE
        |           |           |           |            |
-       |           +-----------+-----+-----+            | only with proof that the destination never ran
+       |           +-----------+-----+-----+            | only when the destination's copy certainly can't run
        v                             v                  |
     ABORTED <-------------------- ABORTING <------------+
 
@@ -41,9 +41,12 @@ class Step(StrEnum):
     PREPARE_DESTINATION = auto()
     START_TRANSFER = auto()
     AWAIT_READY = auto()
+    CONFIRM_DESTINATION = auto()
     SWITCH_OVER = auto()
     AWAIT_HELD = auto()
     ACTIVATE = auto()
+    AWAIT_DISKS = auto()
+    POINT_PEERS = auto()
     RELEASE_SOURCE = auto()
     FINALIZE_DESTINATION = auto()
     ABORT_SOURCE = auto()
@@ -60,7 +63,7 @@ class Event(StrEnum):
     FAILED = auto()
     """A step failed for good, was cancelled or took too long."""
     FENCED = auto()
-    """The destination proved that its copy never ran and is destroyed."""
+    """The destination proved that its copy never ran and is destroyed; or its host is fenced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class Phase:
     failed: State | None
     """The next state when they failed, were cancelled or took too long; None: this state only goes forward."""
     fenced: State | None = None
-    """The next state when the destination is proven never to have run."""
+    """The next state when the destination's copy is proven not to run, now or ever."""
     concurrent: bool = False
     then: tuple[Step, ...] = ()
     """In order, after all of `steps`."""
@@ -88,10 +91,16 @@ PHASES: Mapping[State, Phase] = {
         failed=State.ABORTING,
     ),
     State.COPYING: Phase((Step.START_TRANSFER, Step.AWAIT_READY), completed=State.SWITCHING, failed=State.ABORTING),
-    State.SWITCHING: Phase((Step.SWITCH_OVER, Step.AWAIT_HELD), completed=State.COMMITTED, failed=State.ABORTING),
+    State.SWITCHING: Phase(
+        (Step.CONFIRM_DESTINATION, Step.SWITCH_OVER, Step.AWAIT_HELD),
+        completed=State.COMMITTED,
+        failed=State.ABORTING,
+    ),
     State.COMMITTED: Phase((Step.ACTIVATE,), completed=State.FINISHING, failed=None, fenced=State.ABORTING),
     State.FINISHING: Phase(
-        (Step.FINALIZE_DESTINATION, Step.RELEASE_SOURCE),
+        # The source is released once the peers are pointed: until then it sends on what comes for the guest; and once
+        # no disk is pulled from it any more.
+        (Step.POINT_PEERS, Step.AWAIT_DISKS, Step.FINALIZE_DESTINATION, Step.RELEASE_SOURCE),
         completed=State.DONE,
         failed=None,
         concurrent=True,
@@ -132,6 +141,7 @@ def enter(migration: Migration, state: State, *, at: datetime, term: int, reason
     change.time.FromDatetime(at)
     changed.timeline.append(change)
     changed.waiting_for = ""
+    changed.needs_decision = ""
     if state in FINAL:
         changed.end_time.FromDatetime(at)
         changed.outcome.total_ms = max(0, changed.end_time.ToMilliseconds() - changed.create_time.ToMilliseconds())

@@ -42,7 +42,7 @@ async def serve(settings: ControllerSettings) -> None:
         rollouts_pb2_grpc.add_RolloutsServiceServicer_to_server(RolloutsService(reader, link), server.grpc_server)
         guests_pb2_grpc.add_GuestsServiceServicer_to_server(GuestsService(reader), server.grpc_server)
         hosts_pb2_grpc.add_HostsServiceServicer_to_server(
-            HostsService(reader, dict(settings.hosts)), server.grpc_server
+            HostsService(reader, dict(settings.hosts), agents), server.grpc_server
         )
 
         async def lead(leadership: Leadership) -> None:

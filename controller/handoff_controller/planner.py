@@ -80,6 +80,22 @@ def check_names(request: CreateMigrationRequest | CreateUpgradeRequest) -> None:
         raise InvalidArgumentError("no guest given; `handoff guests` lists them")
 
 
+def check_same(request: CreateMigrationRequest | CreateUpgradeRequest, known: Migration) -> None:
+    """Raises InvalidArgumentError when a request_id is taken by something else than a try of the same. Pure."""
+    is_same = request.guest in (known.guest_name, known.guest_uuid) or request.guest.lower() == known.guest_uuid
+    is_upgrade = known.kind == MigrationKind.MIGRATION_KIND_UPGRADE
+    if isinstance(request, CreateUpgradeRequest):
+        is_same = is_same and is_upgrade
+    else:
+        is_same = is_same and not is_upgrade and request.destination_host == known.destination.host
+    if not is_same:
+        what = "the upgrade" if is_upgrade else "the migration"
+        where = f"on {known.source.host}" if is_upgrade else f"to {known.destination.host}"
+        raise InvalidArgumentError(
+            f"request id {known.id} is taken by {what} of {known.guest_name} {where}; choose another"
+        )
+
+
 def check_free(guest: Guest) -> None:
     """Raises PreconditionError when the guest is being moved, or is not what its record says. Pure."""
     if guest.active_migration:

@@ -28,7 +28,8 @@ def reconcile(
 
     `reported`: for each host that answers, the UUIDs that it reported last. A guest that somebody moved by hand goes to
     the host that has it; one that two hosts have active, or two slots of one host, keeps its owner, and the other is
-    noted as a conflict ("h2", "h1/b"); one that its owner no longer has is forgotten.
+    noted as a conflict ("h2", "h1/b"); one that its owner no longer has is forgotten, unless it was lost there. A lost
+    one that runs again is not lost any more.
     """
     known = {guest.uuid: guest for guest in guests}
     # In an upgrade, and while its old copy is not removed yet, both slots have it.
@@ -56,6 +57,8 @@ def reconcile(
             changed = _seen_at_owner(guest, host, domain, _other_slots(host, domain, active))
         elif any(guest.uuid in uuids for name, uuids in reported.items() if name != host):
             continue
+        elif guest.HasField("loss"):
+            changed = _certainly_lost(guest, f"{guest.name} is not on {host} any more")
         else:
             forgotten.append(guest)
             continue
@@ -80,8 +83,21 @@ def _seen_at_owner(guest: Guest, host: str, domain: Domain, other_slots: Sequenc
     changed.CopyFrom(guest)
     changed.name = domain.name
     changed.owner.slot = domain.slot
+    if domain.state in ACTIVE:
+        changed.ClearField("loss")
+    elif guest.HasField("loss"):
+        changed = _certainly_lost(changed, f"{guest.name} does not run on {host} any more")
     elsewhere = [other for other in guest.conflicts if other.partition("/")[0] != host]
     changed.conflicts[:] = [*elsewhere, *other_slots]
+    return changed
+
+
+def _certainly_lost(guest: Guest, reason: str) -> Guest:
+    changed = Guest()
+    changed.CopyFrom(guest)
+    if not guest.loss.certain:
+        changed.loss.certain = True
+        changed.loss.reason = f"{reason}; before, {guest.loss.reason}"
     return changed
 
 
@@ -95,6 +111,7 @@ def _seen_elsewhere(guest: Guest, host: str, domain: Domain | None, reported: Ma
     if owner_lacks_it:
         changed.owner.CopyFrom(Placement(host=host, slot=domain.slot))
         changed.generation += 1
+        changed.ClearField("loss")
     else:
         changed.conflicts.append(host)
     return changed

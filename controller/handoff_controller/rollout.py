@@ -109,12 +109,14 @@ def _follow(guest: RolloutGuest, upgrade: Migration | None) -> None:
     if upgrade is None:
         return
     match state_of(upgrade):
+        case State.DONE if upgrade.HasField("loss"):
+            _turn(guest, Turn.FAILED, upgrade.loss.reason)
         case State.DONE:
             _turn(guest, Turn.UPGRADED, "; ".join(upgrade.warnings))
         case State.ABORTED:
             _turn(guest, Turn.FAILED, upgrade.error)
         case _:
-            guest.reason = upgrade.waiting_for
+            guest.reason = upgrade.needs_decision or upgrade.waiting_for
 
 
 def _stop_if_need_be(rollout: Rollout) -> None:

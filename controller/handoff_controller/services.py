@@ -20,6 +20,8 @@ from handoff.controller.v1.guests_pb2 import (
 from handoff.controller.v1.hosts_pb2 import (
     GetHostRequest,
     GetHostResponse,
+    GetNetworkRequest,
+    GetNetworkResponse,
     Host,
     HostState,
     ListHostsRequest,
@@ -34,14 +36,18 @@ from handoff.controller.v1.migrations_pb2 import (
     CreateUpgradeResponse,
     GetMigrationRequest,
     GetMigrationResponse,
+    GuestLoss,
     ListMigrationsRequest,
     ListMigrationsResponse,
+    RecoverMigrationRequest,
+    RecoverMigrationResponse,
     WatchMigrationRequest,
     WatchMigrationResponse,
 )
 from handoff.controller.v1.migrations_pb2_grpc import MigrationsServiceStub
 from handoff_common.channel import open_channel
-from handoff_common.errors import NotFoundError, UnavailableError, from_rpc_error
+from handoff_common.errors import HostDownError, NotFoundError, UnavailableError, from_rpc_error
+from handoff_controller.agents import Agents
 from handoff_controller.conductor import Conductor
 from handoff_controller.etcd.client import EtcdClient
 from handoff_controller.etcd.election import current_leader
@@ -142,6 +148,15 @@ class MigrationsService(migrations_pb2_grpc.MigrationsServiceServicer):
             lambda leader, timeout, via: leader.CancelMigration(request, timeout=timeout, metadata=via),
         )
 
+    async def RecoverMigration(self, request: RecoverMigrationRequest, context: Context) -> RecoverMigrationResponse:  # noqa: N802
+        """Leader only."""
+        if (conductor := self._link.leading()) is not None:
+            return RecoverMigrationResponse(migration=await conductor.recover(request))
+        return await self._link.forward(
+            context,
+            lambda leader, timeout, via: leader.RecoverMigration(request, timeout=timeout, metadata=via),
+        )
+
     async def GetMigration(self, request: GetMigrationRequest, context: Context) -> GetMigrationResponse:  # noqa: N802
         """Any replica."""
         return GetMigrationResponse(migration=await self._reader.migration(request.id))
@@ -174,21 +189,30 @@ class GuestsService(guests_pb2_grpc.GuestsServiceServicer):
     async def GetGuest(self, request: GetGuestRequest, context: Context) -> GetGuestResponse:  # noqa: N802
         """Any replica."""
         guest = await self._reader.guest(request.guest)
-        return GetGuestResponse(guest=_with_domains([guest], await self._reader.hosts())[0])
+        return GetGuestResponse(guest=(await self._described([guest]))[0])
 
     async def ListGuests(self, request: ListGuestsRequest, context: Context) -> ListGuestsResponse:  # noqa: N802
         """Any replica."""
         guests = [guest for guest in await self._reader.guests() if request.host in ("", guest.owner.host)]
-        return ListGuestsResponse(guests=_with_domains(guests, await self._reader.hosts()))
+        return ListGuestsResponse(guests=await self._described(guests))
+
+    async def _described(self, guests: list[Guest]) -> list[Guest]:
+        described = _with_domains(guests, await self._reader.hosts())
+        for guest in described:
+            if guest.active_migration:
+                migration = await self._reader.find_migration(guest.active_migration)
+                guest.needs_decision = migration.needs_decision if migration is not None else ""
+        return described
 
 
 class HostsService(hosts_pb2_grpc.HostsServiceServicer):
     """Hosts: see hosts.proto."""
 
-    def __init__(self, reader: Reader, addresses: dict[str, str]) -> None:
+    def __init__(self, reader: Reader, addresses: dict[str, str], agents: Agents) -> None:
         """`addresses`: the configured hosts; those that no leader has looked at yet are listed too."""
         self._reader = reader
         self._addresses = addresses
+        self._agents = agents
 
     async def GetHost(self, request: GetHostRequest, context: Context) -> GetHostResponse:  # noqa: N802
         """Any replica."""
@@ -203,6 +227,13 @@ class HostsService(hosts_pb2_grpc.HostsServiceServicer):
         """Any replica."""
         return ListHostsResponse(hosts=await self._all())
 
+    async def GetNetwork(self, request: GetNetworkRequest, context: Context) -> GetNetworkResponse:  # noqa: N802
+        """Any replica."""
+        try:
+            return GetNetworkResponse(network=await self._agents[request.host].get_network())
+        except UnavailableError as error:
+            raise HostDownError(error.message) from error
+
     async def _all(self) -> list[Host]:
         recorded = {host.name: host for host in await self._reader.hosts()}
         unseen = HostState.HOST_STATE_UNSPECIFIED
@@ -213,9 +244,13 @@ class HostsService(hosts_pb2_grpc.HostsServiceServicer):
 
 
 def _with_domains(guests: list[Guest], hosts: tuple[Host, ...]) -> list[Guest]:
-    """The guests with their domains as their owners last reported them."""
+    """The guests with their domains as their owners last reported them; where one can't be asked, that it is so."""
     domains = {(host.name, domain.uuid): domain for host in hosts for domain in host.domains}
+    down = {host.name: host for host in hosts if host.state == HostState.HOST_STATE_DOWN}
     for guest in guests:
+        silent = down.get(guest.owner.host)
+        if silent is not None and not guest.HasField("loss"):
+            guest.loss.CopyFrom(GuestLoss(host=silent.name, time=silent.seen_time, reason=silent.message))
         domain = domains.get((guest.owner.host, guest.uuid))
         if domain is not None:
             guest.domain.CopyFrom(domain)

@@ -1,6 +1,7 @@
 """The controller's configuration file, by default /etc/handoff/controller.toml."""
 
 import os
+from ipaddress import IPv4Address
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -43,6 +44,46 @@ class VolumeSettings(Settings):
         return self
 
 
+class FencingSettings(Settings):
+    """How it is made sure that a host that does not answer runs no guest."""
+
+    command: tuple[str, ...] = Field(
+        default=(),
+        description='command that turns a host off, "{host}" in it is its name; status 0: it is off for certain',
+    )
+    deadline_s: float = Field(default=20.0, gt=0, description="how long it may take")
+    automatic_after_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="fence without being asked when a committed guest's host has been silent for so long; 0: never",
+    )
+
+
+class RetentionSettings(Settings):
+    """How long migrations that have ended are remembered. The newest `count` are, and those younger than `age_s`."""
+
+    count: int = Field(default=1000, ge=0, description="so many, however old")
+    age_s: float = Field(default=30 * 24 * 3600.0, ge=0, description="all that ended so recently")
+
+
+class StaticPortSettings(Settings):
+    """A port of a tenant that is no guest's: a gateway, a monitor."""
+
+    mac: str = Field(pattern="^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$", description="its MAC address")
+    tunnel: int = Field(ge=1, lt=1 << 24, description="VXLAN network id of its tenant")
+    ips: tuple[IPv4Address, ...] = Field(default=(), description="its addresses")
+    any_source: bool = Field(default=False, description="a router: frames with any source may come from it")
+    host: str = Field(default="", description="host on whose bridge it is")
+    interface: str = Field(default="", description="name of its interface there")
+    vtep: IPv4Address | None = Field(default=None, description="instead: VXLAN address of a machine without an agent")
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> Self:
+        if bool(self.host) != bool(self.interface) or bool(self.host) == (self.vtep is not None):
+            raise ValueError("say where it is: either host and interface, or vtep")
+        return self
+
+
 class ControllerSettings(Settings):
     """Everything that a controller is told."""
 
@@ -55,9 +96,12 @@ class ControllerSettings(Settings):
     advertise: str = Field(description='address on which other replicas reach this one, "host:port"')
     etcd: EtcdSettings
     hosts: dict[str, str] = Field(min_length=1, description='agents by host name, each "host:port" or "unix:/path"')
+    static_ports: tuple[StaticPortSettings, ...] = Field(default=(), description="tenants' ports that are no guests")
     admission: AdmissionSettings = AdmissionSettings()
     volumes: tuple[VolumeSettings, ...] = Field(
         default=(), description="access lists of network volumes, the first that matches; without, every host may"
     )
+    fencing: FencingSettings = FencingSettings()
+    keep_migrations: RetentionSettings = RetentionSettings()
     log_format: LogFormat = "json"
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")

@@ -31,21 +31,38 @@ class Settler:
         self._reader = reader
         self._fence = fence
         self._driven = driven
+        self.unsettled: dict[str, frozenset[str]] = {}
+        """Of each host that was seen whole at the last look, the migrations that its agent has not ended."""
+        self._without_record: set[tuple[str, str]] = set()
 
-    async def settle(self, agent: GrpcAgent) -> None:
-        """Settles everything on one agent; what can't be settled now is tried again at the next look."""
+    def forget(self, host: str) -> None:
+        """The host was not seen."""
+        self.unsettled.pop(host, None)
+
+    async def settle(self, agent: GrpcAgent) -> list[str]:
+        """Settles everything on one agent; what can't be settled now is tried again at the next look.
+
+        Returns what nobody but an operator can settle, in sentences.
+        """
+        self.forget(agent.name)
         try:
             handoffs = await agent.list_handoffs()
-            left = [one for one in handoffs if one.state not in SETTLED and not self._driven(one.migration_id)]
-            await asyncio.gather(*(self._settle(agent, handoff) for handoff in left))
+            open_ones = [one for one in handoffs if one.state not in SETTLED]
+            left = [one for one in open_ones if not self._driven(one.migration_id)]
+            problems = await asyncio.gather(*(self._settle(agent, handoff) for handoff in left))
         except HandoffError as error:
             log.warning("leftovers not settled", host=agent.name, error=error.message)
+            return []
+        self.unsettled[agent.name] = frozenset(one.migration_id for one in open_ones)
+        return [problem for problem in problems if problem]
 
-    async def _settle(self, agent: GrpcAgent, handoff: Handoff) -> None:
+    async def _settle(self, agent: GrpcAgent, handoff: Handoff) -> str:
         migration = await self._reader.find_migration(handoff.migration_id)
         if migration is None:
-            log.error("a handoff without a record", host=agent.name, migration=handoff.migration_id)
-            return
+            if (agent.name, handoff.migration_id) not in self._without_record:
+                self._without_record.add((agent.name, handoff.migration_id))
+                log.error("a handoff without a record", host=agent.name, migration=handoff.migration_id)
+            return _without_record(handoff)
         order = self._order(agent, handoff, migration)
         if order is not None:
             settled = await order()
@@ -55,15 +72,31 @@ class Settler:
                 migration=handoff.migration_id,
                 state=HandoffState.Name(settled.state),
             )
+        return ""
 
-    def _order(self, agent: GrpcAgent, handoff: Handoff, migration: Migration) -> Callable[[], Awaitable[Handoff]] | None:
+    def _order(
+        self, agent: GrpcAgent, handoff: Handoff, migration: Migration
+    ) -> Callable[[], Awaitable[Handoff]] | None:
         """What the final state of a migration means for one side of it."""
-        state, migration_id, role = state_of(migration), handoff.migration_id, handoff.role
+        migration_id, role, state = handoff.migration_id, handoff.role, state_of(migration)
         if state is State.ABORTED:
-            return lambda: agent.abort(self._fence, migration_id, role, "the migration was aborted")
+            is_fenced = migration.recovery.fenced_host == agent.name and role == HandoffRole.HANDOFF_ROLE_DESTINATION
+            why = "the migration was aborted"
+            return lambda: agent.abort(self._fence, migration_id, role, why, fenced=is_fenced)
         if state is not State.DONE:
             return None
         if role == HandoffRole.HANDOFF_ROLE_SOURCE:
             keep_disks = migration.options.keep_source_disks
             return lambda: agent.release_source(self._fence, migration_id, keep_disks=keep_disks)
         return lambda: agent.finalize_destination(self._fence, migration_id)
+
+
+def _without_record(handoff: Handoff) -> str:
+    """etcd does not know the migration: it was restored from a copy, or emptied. Nothing is done with either copy."""
+    state = HandoffState.Name(handoff.state).removeprefix("HANDOFF_STATE_")
+    side = "source" if handoff.role == HandoffRole.HANDOFF_ROLE_SOURCE else "destination"
+    return (
+        f"{handoff.domain_name} ({handoff.domain_uuid}) is the {side} ({state}) of migration {handoff.migration_id}, of"
+        " which there is no record: neither is a held source released, nor a destination run, until you decide. Find"
+        " the other copy; where neither runs, destroy the destination's and resume the source's with virsh"
+    )

@@ -64,6 +64,7 @@ def encode(message: Message) -> bytes:
         kept.ClearField("progress")
     if isinstance(kept, Guest):
         kept.ClearField("domain")
+        kept.needs_decision = ""
     return MessageToJson(kept, preserving_proto_field_name=True, indent=None).encode()
 
 
@@ -93,6 +94,9 @@ def guest_after(guest: Guest, migration: Migration) -> Guest:
         changed.generation += 1
     if state in FINAL and changed.active_migration == migration.id:
         changed.active_migration = ""
+        changed.ClearField("loss")
+        if migration.HasField("loss"):
+            changed.loss.CopyFrom(migration.loss)
     return changed
 
 
@@ -320,6 +324,11 @@ class Store(Reader):
         saved.CopyFrom(rollout)
         saved.revision = await self._write([unchanged], [put(key, encode(rollout))])
         return saved
+
+    async def forget(self, migration: Migration) -> None:
+        """Deletes the record of a migration that has ended. Raises ConflictError when it changed."""
+        key = MIGRATIONS + migration.id
+        await self._write([modified_at(key, migration.revision)], [delete(key), delete(PROGRESS + migration.id)])
 
     async def delete_guest(self, guest: Guest) -> None:
         """Forgets a guest that is gone. Raises ConflictError when its record changed."""

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from handoff_lab import gateway
 from handoff_lab.daemon import Daemon
 from handoff_lab.etcd import CLIENT_PORT, etcd_address, plug_management
 from handoff_lab.fabric import MANAGEMENT_NET, Fabric
-from handoff_lab.host import AGENT_PORT, host_name, hosts_file, program
+from handoff_lab.host import AGENT_PORT, HOSTS_FROM, host_name, hosts_file, program
+from handoff_lab.networks import GATEWAY_NUMBER, MANAGED, Network
 from handoff_lab.node import Node
 from handoff_lab.state import Lab, LabConfig
 from handoff_lab.storage import Storage
@@ -56,6 +58,7 @@ class Controller:
         members = ", ".join(f'"{etcd_address(n)}:{CLIENT_PORT}"' for n in range(1, config.etcd + 1))
         hosts = "\n".join(f'{host_name(n)} = "{MANAGEMENT_NET}.{n}:{AGENT_PORT}"' for n in range(1, config.hosts + 1))
         own = f"{self.address}:{CONTROLLER_PORT}"
+        static_ports = "\n".join(_static_ports(network, config) for network in MANAGED)
         return f"""\
 name = "{self.name}"
 listen = ["{own}", "unix:{self.lab.controller_socket(self.name)}"]
@@ -70,7 +73,8 @@ endpoints = [{members}]
 [[volumes]]
 protocol = "nbd"
 service = "{Storage(self.lab).service}"
-"""
+
+{static_ports}"""
 
     def boot(self) -> None:
         """Starts the node, unless it runs."""
@@ -80,3 +84,17 @@ service = "{Storage(self.lab).service}"
     def connect(self, fabric: Fabric, cables: frozenset[str]) -> None:
         """Plugs the node in where it is not."""
         plug_management(self.node, self.address, fabric, cables)
+
+
+def _static_ports(network: Network, config: LabConfig) -> str:
+    """What of the lab is in a tenant's network beside guests."""
+
+    def port(number: int, place: str) -> str:
+        mac, address = network.own_mac(number), network.address(number)
+        return f'[[static_ports]]\nmac = "{mac}"\ntunnel = {network.tunnel}\nips = ["{address}"]\n{place}\n'
+
+    hosts = (
+        port(HOSTS_FROM + n, f'host = "{host_name(n)}"\ninterface = "{network.interface}"')
+        for n in range(1, config.hosts + 1)
+    )
+    return "\n".join([*hosts, port(GATEWAY_NUMBER, f'vtep = "{gateway.TUNNEL_ADDRESS}"')])

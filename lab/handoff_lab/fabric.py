@@ -1,7 +1,7 @@
 """The network between nodes: three bridges in a namespace of their own, and cables to each node.
 
 Management is 10.10.0.0/24. The overlay link carries migration streams, 10.20.0.0/24, and VXLAN, 10.21.0.0/24; its rate
-can be set. Storage is 10.40.0.0/24.
+can be set. Storage is 10.50.0.0/24.
 """
 
 import json
@@ -15,8 +15,7 @@ from handoff_lab.state import Lab
 MANAGEMENT_NET = "10.10.0"
 OVERLAY_NET = "10.20.0"
 TUNNEL_NET = "10.21.0"
-TENANT_NET = "10.30.0"
-STORAGE_NET = "10.40.0"
+STORAGE_NET = "10.50.0"
 OVERLAY_MTU = 1600
 UNLIMITED = "none"
 
@@ -66,10 +65,10 @@ class Fabric:
                 commands += [f"link add {bridge} type bridge", f"link set {bridge} mtu {mtu} up"]
         self._ip(commands)
 
-    def plug(self, node: Node, pid: int, overlay: bool, existing: frozenset[str]) -> bool:
-        """Connects a node where a cable is missing: mgmt0 there, and ovl0 with `overlay`. True when one was."""
+    def plug(self, node: Node, pid: int, overlay: bool, existing: frozenset[str], *, management: bool = True) -> bool:
+        """Connects a node where a cable is missing: mgmt0 and ovl0 there, as asked for. True when one was."""
         commands = []
-        if f"m-{node.name}" not in existing:
+        if management and f"m-{node.name}" not in existing:
             commands += [
                 f"link add m-{node.name} type veth peer name mgmt0 netns {pid}",
                 f"link set m-{node.name} master mgmt up",
@@ -99,6 +98,11 @@ class Fabric:
         names = [f"m-{host}"] * management + [f"o-{host}"] * overlay
         self._ip([f"link set {name} {'up' if up else 'down'}" for name in names])
 
+    def keep_apart(self, first: str, second: str, *, apart: bool) -> None:
+        """Cuts or mends the overlay between two hosts; all others still reach both."""
+        flag = "on" if apart else "off"
+        self._ip([f"link set o-{name} type bridge_slave isolated {flag}" for name in (first, second)])
+
     def set_rate(self, host: Node, rate: str) -> None:
         """Limits a host's overlay link, both ways, or lifts the limit (`none`)."""
         for node, interface in ((self.node, f"o-{host.name}"), (host, "ovl0")):
@@ -118,7 +122,7 @@ class Fabric:
         rates = self.lab.require_config().rates
         return {
             name.removeprefix("o-"): Link(
-                management_up=interfaces.get(f"m-{name.removeprefix('o-')}", False),
+                management_up=interfaces.get(f"m-{name.removeprefix('o-')}", True),
                 overlay_up=up,
                 rate=rates.get(name.removeprefix("o-")),
             )

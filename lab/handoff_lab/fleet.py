@@ -13,13 +13,14 @@ from handoff_lab.daemon import Daemon
 from handoff_lab.errors import LabError
 from handoff_lab.etcd import EtcdMember
 from handoff_lab.fabric import Fabric, Link
+from handoff_lab.gateway import Gateway
 from handoff_lab.host import HOST_TYPES, Host, host_index, program
 from handoff_lab.node import Node, all_marked, kill_and_wait, nodes
 from handoff_lab.parallel import in_parallel
 from handoff_lab.state import MAX_CONTROLLERS, MAX_HOSTS, Lab, LabConfig
 from handoff_lab.storage import Storage
 
-Member: TypeAlias = Host | Controller | EtcdMember | Storage
+Member: TypeAlias = Host | Controller | EtcdMember | Gateway | Storage
 Step: TypeAlias = Callable[[], object]
 
 
@@ -55,6 +56,7 @@ class Fleet:
             *(Host(self.lab, n) for n in range(1, config.hosts + 1)),
             *(EtcdMember(self.lab, n, config.etcd) for n in range(1, config.etcd + 1)),
             *(Controller(self.lab, n) for n in range(1, config.controllers + 1)),
+            Gateway(self.lab),
             *([self.storage] if self.storage.exists else []),
         ]
 
@@ -112,10 +114,12 @@ class Fleet:
         hosts = [member for member in members if isinstance(member, Host)]
         members_of_etcd = [member for member in members if isinstance(member, EtcdMember)]
         controllers = [member for member in members if isinstance(member, Controller)]
+        gateways = [member for member in members if isinstance(member, Gateway)]
         reconfigured = [controller for controller in controllers if controller.write_files(config)]
         boots: list[Step] = [self.fabric.start]
         boots += [partial(host.boot, config) for host in hosts]
         boots += [*(member.boot for member in members_of_etcd), *(controller.boot for controller in controllers)]
+        boots += [gateway.boot for gateway in gateways]
         in_parallel(boots)
         if self.storage.exists:
             self.storage.start(self.fabric)
@@ -123,6 +127,7 @@ class Fleet:
         cabling: list[Step] = [partial(host.connect, self.fabric, cables, config) for host in hosts]
         cabling += [partial(member.connect, self.fabric, cables) for member in members_of_etcd]
         cabling += [partial(controller.connect, self.fabric, cables) for controller in controllers]
+        cabling += [partial(gateway.connect, self.fabric, cables, config) for gateway in gateways]
         in_parallel(cabling)
         starts: list[Step] = [partial(host.start_daemons, config) for host in hosts]
         starts += [member.daemons()["etcd"].start for member in members_of_etcd]

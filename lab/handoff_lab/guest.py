@@ -15,11 +15,11 @@ from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
 from handoff_lab.errors import LabError
-from handoff_lab.fabric import TENANT_NET
 from handoff_lab.fleet import Fleet
 from handoff_lab.host import LOCAL_FOLDERS, SLOTS, Host
 from handoff_lab.images import make_image
 from handoff_lab.netns import NetNamespace
+from handoff_lab.networks import NO_NETWORK, TENANT, network_named
 from handoff_lab.parallel import in_parallel
 from handoff_lab.pattern import PATTERN_BEGIN, Pattern, parse_mib
 from handoff_lab.state import DiskRecord, GuestRecord, Lab, Release
@@ -34,7 +34,7 @@ DEFAULT_DISK = "size=1G,format=raw,place=shared"
 DISK_SYNTAX = "size=1G,format=raw|qcow2,place=shared|local,data=SIZE,zeros=SIZE,backing=raw|qcow2,volume=NAME"
 FORMATS = ("raw", "qcow2")
 _OPTIONAL = ("data", "zeros", "volume", "backing")
-DEFAULT_NETWORK = "tenant"
+DEFAULT_NETWORK = TENANT.name
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 _PLACES = {"shared": "/srv/shared", "local": "/srv/vms"}
 
@@ -92,6 +92,7 @@ def domain_xml(guest: GuestRecord, lab: Lab, release: Release, machine: str = ""
     With `shareable`, its memory can be handed to another QEMU without a copy, if the release knows how.
     """
     disks = "".join(_disk_xml(disk, lab) for disk in guest.disks)
+    network = network_named(guest.network)
     interface = (
         f"""
     <interface type='bridge'>
@@ -104,7 +105,7 @@ def domain_xml(guest: GuestRecord, lab: Lab, release: Release, machine: str = ""
         <guest csum='off' tso4='off' tso6='off' ecn='off' ufo='off'/>
       </driver>
     </interface>"""
-        if guest.network != "none"
+        if network is not None
         else ""
     )
     shared = (
@@ -116,10 +117,11 @@ def domain_xml(guest: GuestRecord, lab: Lab, release: Release, machine: str = ""
         else ""
     )
     backing = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>" if shareable else ""
-    address = f"ip4={guest.ip}/24 " if guest.network != "none" else ""
+    address = f"ip4={guest.ip}/24 " if network is not None else ""
+    metadata = network.metadata(guest.mac, guest.ip) if network is not None else ""
     return f"""<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{guest.name}</name>
-  <uuid>{guest.uuid}</uuid>
+  <uuid>{guest.uuid}</uuid>{metadata}
   <memory unit='MiB'>{guest.memory_mib}</memory>
   <vcpu>{guest.vcpus}</vcpu>
   {backing}
@@ -163,9 +165,10 @@ def _disk_xml(disk: DiskRecord, lab: Lab) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Guests:
-    """Creates, finds and removes guests."""
+    """Creates, finds and removes guests. `hosts`: only these are looked at; empty: all."""
 
     fleet: Fleet
+    hosts: tuple[str, ...] = ()
 
     @property
     def lab(self) -> Lab:
@@ -187,7 +190,7 @@ class Guests:
     ) -> GuestRecord:
         """Creates a guest and starts it; with `wait`, returns when its control port answers.
 
-        `disks`: as parse_disk reads them; none at all for an empty tuple. `network`: tenant or none.
+        `disks`: as parse_disk reads them; none at all for an empty tuple. `network`: see networks.py, or none.
         `release`: the QEMU build, by default the preferred one; `machine`: by default the build's newest.
         `shareable`: its memory can be handed over without a copy.
         A guest of that name that exists stays as it is; one that is off is started where it is defined.
@@ -239,22 +242,24 @@ class Guests:
     ) -> GuestRecord:
         if not _NAME.fullmatch(name):
             raise LabError(f"{name!r} is no guest name: use small letters, digits and dashes")
-        if network not in ("tenant", "none"):
-            raise LabError(f"--network {network}: tenant or none")
+        where = network_named(network)
+        if where is not None and where.managed and not self.lab.require_config().agents:
+            raise LabError(f"network {network} is kept by the agents, and this lab has none: `handoff-lab up --agents`")
+        addressed = where or TENANT
         with self.lab.locked():
             existing = {guest.name: guest for guest in self.lab.guests()}
             if name in existing:
                 return existing[name]
-            taken = {guest.number for guest in existing.values()}
+            taken = {guest.number for guest in existing.values() if _addressed_in(guest.network, addressed.name)}
             number = next((n for n in range(FIRST_NUMBER, LAST_NUMBER + 1) if n not in taken), None)
             if number is None:
-                raise LabError("every tenant address is taken: delete a guest first")
+                raise LabError(f"every address of network {addressed.name} is taken: delete a guest first")
             guest = GuestRecord(
                 name=name,
                 uuid=str(uuid.uuid4()),
                 number=number,
-                mac=f"52:54:00:30:00:{number:02x}",
-                ip=f"{TENANT_NET}.{number}",
+                mac=addressed.guest_mac(number),
+                ip=addressed.address(number),
                 memory_mib=memory_mib,
                 vcpus=vcpus,
                 home=host,
@@ -269,7 +274,7 @@ class Guests:
         until = time.monotonic() + deadline_s
         log = self.lab.shared / Path(console_log(guest.name)).name
         while time.monotonic() < until:
-            if guest.network == "none":
+            if guest.network == NO_NETWORK:
                 if log.exists() and b"HANDOFF-GUEST READY" in log.read_bytes():
                     return
             elif self._answers(guest):
@@ -280,8 +285,10 @@ class Guests:
 
     def _answers(self, guest: GuestRecord) -> bool:
         host = self.fleet.host(guest.home)
+        network = network_named(guest.network)
+        interface = network.interface if network is not None else ""
         try:
-            with NetNamespace.of(host.node) as network, network.socket() as client:
+            with NetNamespace.of(host.node) as space, space.socket(interface=interface) as client:
                 client.settimeout(1)
                 client.connect((guest.ip, CONTROL_PORT))
                 client.sendall(b"uptime\n")
@@ -296,7 +303,8 @@ class Guests:
 
     def domains(self) -> list[Sighting]:
         """Every domain, whoever made it, in every slot of every host that is up."""
-        hosts = [host for host in self.fleet.members(self.lab.require_config()) if isinstance(host, Host)]
+        members = self.fleet.members(self.lab.require_config())
+        hosts = [host for host in members if isinstance(host, Host) and host.name in (self.hosts or (host.name,))]
         asked = [(host, slot) for host in hosts for slot in SLOTS if host.daemons()[f"libvirtd-{slot}"].ready()]
         answers = in_parallel([partial(_domains, host, slot) for host, slot in asked])
         return [seen for answer in answers for seen in answer]
@@ -353,6 +361,11 @@ def virsh(host: Host, slot: str, *arguments: str, check: bool = True, deadline_s
     uri = f"qemu+unix:///system?socket=/run/handoff/slots/{slot}/libvirt-sock"
     done = host.node.run(["virsh", "-q", "-c", uri, *arguments], deadline_s=deadline_s, check=check)
     return done.stdout
+
+
+def _addressed_in(network: str, name: str) -> bool:
+    """Guests without a network have addresses of the default one, which they don't use."""
+    return name == (DEFAULT_NETWORK if network == NO_NETWORK else network)
 
 
 def _domains(host: Host, slot: str) -> list[Sighting]:

@@ -1,8 +1,8 @@
 """An emulated hypervisor: libvirt in two slots, Open vSwitch in user space, and the agent.
 
 Inside of host hN: mgmt0 10.10.0.N; on the overlay link br-ovl 10.20.0.N for migration streams, and br-phy 10.21.0.N for
-VXLAN; sto0 10.40.0.N to the storage host; probe0 10.30.0.(200+N) among the guests. Streams stay in the kernel: Open
-vSwitch in user space takes about 30 MiB/s.
+VXLAN; sto0 10.50.0.N leads to the storage host; among the guests probe0 10.30.0.(200+N), red0 and blue0
+10.40.0.(200+N). Streams stay in the kernel: Open vSwitch in user space takes about 30 MiB/s.
 """
 
 import shutil
@@ -13,15 +13,8 @@ from pathlib import Path
 
 from handoff_lab.daemon import Daemon
 from handoff_lab.errors import LabError
-from handoff_lab.fabric import (
-    MANAGEMENT_NET,
-    OVERLAY_MTU,
-    OVERLAY_NET,
-    STORAGE_NET,
-    TENANT_NET,
-    TUNNEL_NET,
-    Fabric,
-)
+from handoff_lab.fabric import MANAGEMENT_NET, OVERLAY_MTU, OVERLAY_NET, STORAGE_NET, TUNNEL_NET, Fabric
+from handoff_lab.networks import GATEWAY_NUMBER, MTU, NETWORKS, TENANT
 from handoff_lab.node import Node
 from handoff_lab.parallel import in_parallel
 from handoff_lab.state import MAX_HOSTS, Lab, LabConfig
@@ -37,7 +30,8 @@ HOST_TYPES = {
     "qcow2": ("", "qcow2"),
 }
 LOCAL_FOLDERS = ("vms", "ssd", "ark")
-TENANT_MTU = 1400
+HOSTS_FROM = 200
+"""Address of host N in the guests' networks: this and N."""
 OVS_DEADLINE_S = 15
 
 LIBVIRTD_CONF = """\
@@ -214,6 +208,9 @@ memory_mib = {config.host_memory_mib}
 host_type = "{config.types.get(self.name, "standard")}"
 
 {types}
+[network]
+tunnel_address = "{TUNNEL_NET}.{self.index}"
+
 {slots}
 {emulators}"""
 
@@ -255,6 +252,7 @@ host_type = "{config.types.get(self.name, "standard")}"
             ["sh", "-e"],
             stdin=f"""
 sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv4.conf.all.arp_ignore=1
+sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0
 ip addr replace {MANAGEMENT_NET}.{self.index}/24 dev mgmt0
 ip link set mgmt0 up
 ip link show br-ovl >/dev/null 2>&1 || ip link add br-ovl mtu {OVERLAY_MTU} type bridge
@@ -315,13 +313,23 @@ ethtool -K vtep0 tx off tso off gso off gro off >/dev/null
 ip addr replace {TUNNEL_NET}.{self.index}/24 dev br-phy
 ip link set br-phy mtu {OVERLAY_MTU} up
 ip link set br-int up
-ip addr replace {TENANT_NET}.{200 + self.index}/24 dev probe0
-ip link set probe0 mtu {TENANT_MTU} up
-ethtool -K probe0 tx off >/dev/null
-ethtool -K br-phy tx off >/dev/null
+{self._looking()}ethtool -K br-phy tx off >/dev/null
 """,
         )
         ready.touch()
+
+    def _looking(self) -> str:
+        """The commands that give the host its interfaces in the guests' networks."""
+        number = HOSTS_FROM + self.index
+        return "".join(
+            f"""\
+ip link set {network.interface} mtu {MTU} address {network.own_mac(number)}
+ip addr replace {network.address(number)}/24 dev {network.interface} metric {network.metric}
+ip link set {network.interface} up
+ethtool -K {network.interface} tx off >/dev/null
+"""
+            for network in NETWORKS
+        )
 
     def _remove_dead_taps(self) -> None:
         ports = self.node.run(["ovs-vsctl", "--no-wait", "list-ports", "br-int"], check=False).stdout.split()
@@ -341,16 +349,18 @@ ethtool -K br-phy tx off >/dev/null
             f" other_config:hwaddr=02:00:00:20:00:{self.index:02x}"
             " -- --may-exist add-port br-phy vtep1"
             " -- --may-exist add-br br-int -- set bridge br-int datapath_type=netdev"
-            " -- --may-exist add-port br-int probe0 -- set interface probe0 type=internal"
         )
-        for peer in range(1, MAX_HOSTS + 1):
-            if peer != self.index:
-                # Protected: what came out of one tunnel is not sent into another, or a full mesh would storm.
-                words += (
-                    f" -- --may-exist add-port br-int vx{peer} -- set interface vx{peer} type=vxlan"
-                    f" options:remote_ip={TUNNEL_NET}.{peer} options:key=100 ofport_request={100 + peer}"
-                    f" -- set port vx{peer} protected=true"
-                )
+        for network in NETWORKS:
+            name, mac = network.interface, network.own_mac(HOSTS_FROM + self.index)
+            words += f' -- --may-exist add-port br-int {name} -- set interface {name} type=internal mac="{mac}"'
+        peers = {f"vx{n}": n for n in range(1, MAX_HOSTS + 1) if n != self.index} | {"vxgw": GATEWAY_NUMBER}
+        for port, peer in peers.items():
+            # Protected: what came out of one tunnel is not sent into another, or a full mesh would storm.
+            words += (
+                f" -- --may-exist add-port br-int {port} -- set interface {port} type=vxlan"
+                f" options:remote_ip={TUNNEL_NET}.{peer} options:key={TENANT.tunnel} ofport_request={100 + peer}"
+                f" -- set port {port} protected=true"
+            )
         return words.split()
 
 

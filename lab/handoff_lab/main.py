@@ -16,8 +16,9 @@ from rich.table import Table
 from handoff_lab import guest as guests_module
 from handoff_lab.errors import LabError
 from handoff_lab.fleet import Fleet, require_root
-from handoff_lab.guest import DEFAULT_DISK, DISK_SYNTAX, Guests
+from handoff_lab.guest import DEFAULT_DISK, DEFAULT_NETWORK, DISK_SYNTAX, Guests
 from handoff_lab.host import HOST_TYPES
+from handoff_lab.networks import NAMES
 from handoff_lab.node import base_environment
 from handoff_lab.parallel import in_parallel
 from handoff_lab.state import Lab
@@ -206,7 +207,7 @@ def guest() -> None:
 @click.option("--memory", type=click.IntRange(min=128), default=256, show_default=True, metavar="MIB")
 @click.option("--vcpus", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--disk", "disks", multiple=True, help=f"Repeatable: {DISK_SYNTAX}; or `none`.")
-@click.option("--network", default="tenant", show_default=True, help="tenant or none.")
+@click.option("--network", type=click.Choice(NAMES), default=DEFAULT_NETWORK, show_default=True)
 @click.option("--release", default="", metavar="NAME", help="QEMU build, as `handoff hosts` names it.")
 @click.option("--machine", default="", metavar="TYPE", help="Machine type.  [default: the newest that the build has]")
 @click.option("--shareable/--no-shareable", default=True, help="Whether its memory can change its QEMU without a copy.")

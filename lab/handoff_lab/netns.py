@@ -43,23 +43,34 @@ class NetNamespace:
             self._descriptor = -1
 
     def socket(
-        self, family: socket.AddressFamily = socket.AF_INET, kind: socket.SocketKind = socket.SOCK_STREAM
+        self,
+        family: socket.AddressFamily = socket.AF_INET,
+        kind: socket.SocketKind = socket.SOCK_STREAM,
+        *,
+        interface: str = "",
     ) -> socket.socket:
-        """A new socket in the namespace. Raises OSError."""
+        """A new socket in the namespace, of one interface there if need be. Raises OSError."""
 
         def make() -> socket.socket:
             _enter(self._descriptor)
-            return socket.socket(family, kind)
+            made = socket.socket(family, kind)
+            try:
+                if interface:
+                    made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+            except OSError:
+                made.close()
+                raise
+            return made
 
         # setns moves one thread; this one ends right after, so that no other code ever runs in the namespace.
         with ThreadPoolExecutor(max_workers=1) as pool:
             return pool.submit(make).result()
 
     async def connect(
-        self, host: str, port: int, timeout_s: float = 5.0
+        self, host: str, port: int, timeout_s: float = 5.0, *, interface: str = ""
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Opens a TCP connection from inside of the namespace. Raises OSError, TimeoutError."""
-        client = self.socket()
+        client = self.socket(interface=interface)
         client.setblocking(False)
         try:
             async with asyncio.timeout(timeout_s):

@@ -1,5 +1,7 @@
-"""What judges a move from outside the guest: a 1 ms UDP probe, a TCP session checked byte by byte, and a client of the
-guest's control port. All three run in the network of a node, usually a host that takes no part in the move.
+"""What judges a move from outside the guest: a 1 ms UDP probe, pings, a TCP session checked byte by byte, and a client
+of the guest's control port. All run in the network of a node: a host that takes no part in the move, or the gateway.
+
+In two networks with the same addresses, a judge names its `interface` in the guest's (see networks.py).
 
     async with UdpProbe(lab, node, guest.ip) as udp, TcpSession(node, guest.ip) as tcp:
         ...                                   # the move
@@ -37,7 +39,12 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class UdpResult:
-    """What a UdpProbe saw. `late`: answers that came after the answer to a later datagram."""
+    """What a UdpProbe or PingProbe saw. `late`: answers that came after the answer to a later datagram. `waited`: those
+    that took at least as long as a gap.
+
+    `pause_ms`: by how much the guest's own clock, which stands still while the guest does, fell behind over the longest
+    gap, good to `inexact_ms`. 0 for pings, which don't tell.
+    """
 
     sent: int
     received: int
@@ -47,6 +54,9 @@ class UdpResult:
     gaps: tuple[Gap, ...]
     mean_ms: float
     slowest_ms: float
+    waited: int
+    pause_ms: float
+    inexact_ms: float
 
     @property
     def lost(self) -> int:
@@ -65,11 +75,22 @@ class UdpProbe:
     So our own scheduling is not measured. `gaps` in the result are the silences of at least `gap_ms`.
     """
 
-    def __init__(self, lab: Lab, node: Node, address: str, interval_us: int = 1000, gap_ms: float = 20.0) -> None:
+    port = ECHO_PORT
+
+    def __init__(
+        self,
+        lab: Lab,
+        node: Node,
+        address: str,
+        interval_us: int = 1000,
+        gap_ms: float = 20.0,
+        *,
+        interface: str = "",
+    ) -> None:
         """Prepares a probe from `node` to `address`; `async with` starts it."""
         self._command = [
             *("nsenter", "-t", str(node.require_pid()), "-n", "--", str(lab.probe_program)),
-            *(address, str(ECHO_PORT), str(interval_us), str(int(gap_ms * 1000))),
+            *(address, str(self.port), str(interval_us), str(int(gap_ms * 1000)), *filter(None, [interface])),
         ]
         self._process: asyncio.subprocess.Process | None = None
         self._result: UdpResult | None = None
@@ -109,6 +130,12 @@ class UdpProbe:
         return self._result
 
 
+class PingProbe(UdpProbe):
+    """As UdpProbe, but answered by the guest's kernel."""
+
+    port = 0
+
+
 def _udp_result(raw: dict[str, int | list[list[int]]]) -> UdpResult:
     def number(key: str) -> int:
         value = raw[key]
@@ -126,6 +153,9 @@ def _udp_result(raw: dict[str, int | list[list[int]]]) -> UdpResult:
         gaps=tuple(Gap(at_ns / 1e9, length_ns / 1e6) for at_ns, length_ns in gaps),
         mean_ms=number("mean_ns") / 1e6,
         slowest_ms=number("slowest_ns") / 1e6,
+        waited=number("waited"),
+        pause_ms=number("pause_ns") / 1e6,
+        inexact_ms=number("inexact_ns") / 1e6,
     )
 
 
@@ -151,12 +181,21 @@ class TcpSession:
     The reader is a thread, so that a busy event loop does not look like silence.
     """
 
-    def __init__(self, node: Node, address: str, interval_us: int = 5000, connect_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        node: Node,
+        address: str,
+        interval_us: int = 5000,
+        connect_timeout_s: float = 10.0,
+        *,
+        interface: str = "",
+    ) -> None:
         """Prepares a session from `node` to `address`; `async with` opens it."""
         self._node = node
         self._address = address
         self._interval_us = interval_us
         self._connect_timeout_s = connect_timeout_s
+        self._interface = interface
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._socket: socket.socket | None = None
@@ -180,7 +219,7 @@ class TcpSession:
 
     def _open(self) -> None:
         with NetNamespace.of(self._node) as network:
-            client = network.socket()
+            client = network.socket(interface=self._interface)
         try:
             client.settimeout(self._connect_timeout_s)
             client.connect((self._address, COUNTER_PORT))
@@ -329,17 +368,22 @@ class GuestControl:
     Calls raise LabError when the guest refuses, OSError or TimeoutError when it does not answer.
     """
 
-    def __init__(self, node: Node, address: str, deadline_s: float = CONTROL_DEADLINE_S) -> None:
+    def __init__(
+        self, node: Node, address: str, deadline_s: float = CONTROL_DEADLINE_S, *, interface: str = ""
+    ) -> None:
         """Talks from `node` to the guest at `address`."""
         self._node = node
         self._address = address
         self._deadline_s = deadline_s
+        self._interface = interface
 
     async def call(self, command: str) -> bytes:
         """Sends one line and returns the answer, JSON."""
         async with asyncio.timeout(self._deadline_s):
             with NetNamespace.of(self._node) as network:
-                reader, writer = await network.connect(self._address, CONTROL_PORT, self._deadline_s)
+                reader, writer = await network.connect(
+                    self._address, CONTROL_PORT, self._deadline_s, interface=self._interface
+                )
             try:
                 writer.write(f"{command}\n".encode())
                 await writer.drain()

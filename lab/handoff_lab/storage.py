@@ -1,6 +1,6 @@
 """The lab's storage host: network volumes, and who may open each.
 
-Its own network, 10.40.0.0/24, leads to every host. A volume is a raw image behind an NBD server of its own, so that it
+Its own network, 10.50.0.0/24, leads to every host. A volume is a raw image behind an NBD server of its own, so that it
 has a port by which its access list is enforced (storage_daemon.py). The node is started with the first volume.
 """
 

@@ -30,7 +30,7 @@ from handoff_controller.machine import FINAL, State, state_of
 from handoff_controller.settle import SETTLED
 from handoff_lab.fabric import OVERLAY_NET
 from handoff_lab.fleet import Fleet
-from handoff_lab.guest import DEFAULT_DISK, Guests
+from handoff_lab.guest import DEFAULT_DISK, DEFAULT_NETWORK, Guests
 from handoff_lab.host import Host
 from handoff_lab.probe import GuestControl, GuestStatus
 from handoff_lab.state import GuestRecord
@@ -131,6 +131,14 @@ class Moves:
                     return migration
         raise AssertionError("the watch ended before the copy began")
 
+    async def asks(self, migration_id: str) -> Migration:
+        """Waits until an operator has to decide."""
+        async with aclosing(self.watch(migration_id)) as updates:
+            async for migration in updates:
+                if migration.needs_decision:
+                    return migration
+        raise AssertionError("the watch ended before a decision was needed")
+
     async def ends(self, migration_id: str, controller: str | None = None) -> Migration:
         """Waits for the final state."""
         async with aclosing(self.watch(migration_id, controller)) as updates:
@@ -184,9 +192,10 @@ class Subject:
         disks: tuple[str, ...] = (DEFAULT_DISK,),
         release: str = "",
         machine: str = "",
+        network: str = DEFAULT_NETWORK,
     ) -> "Subject":
         """Boots the guest and waits until the controller knows it; the options are those of Guests.create."""
-        boot = partial(Guests(moves.fleet).create, disks=disks, release=release, machine=machine)
+        boot = partial(Guests(moves.fleet).create, disks=disks, release=release, machine=machine, network=network)
         record = await asyncio.to_thread(boot, name, host, memory_mib)
         before = await GuestControl(moves.fleet.node(OBSERVER), record.ip).status()
         await moves.known(name)

@@ -75,7 +75,7 @@ def test_down_leaves_nothing_behind(spare: Fleet) -> None:
     spare.up(hosts=2, controllers=1, agents=False)
     Guests(spare).create("g1", "h1", memory_mib=128, wait=False)
     spaces = network_namespaces(list(nodes(spare.lab).values()))
-    assert len(spaces) == 5  # two hosts, a controller, an etcd member, the fabric
+    assert len(spaces) == 6  # two hosts, a controller, an etcd member, the gateway, the fabric
     spare.down()
     assert_nothing_left(spare.lab)
     assert not spaces & namespaces_in_use()

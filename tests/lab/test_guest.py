@@ -13,10 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from handoff_lab.fleet import Fleet
-from handoff_lab.guest import Guests
+from handoff_lab.gateway import NAME as GATEWAY
+from handoff_lab.guest import Guests, virsh
 from handoff_lab.journal import REGION_BEGIN, check_image
 from handoff_lab.main import main
-from handoff_lab.probe import GuestControl, TcpSession, UdpProbe
+from handoff_lab.probe import GuestControl, PingProbe, TcpSession, UdpProbe
 from handoff_lab.state import GuestRecord
 
 pytestmark = pytest.mark.lab
@@ -80,6 +81,28 @@ async def test_a_cut_link_is_a_silence_that_tcp_survives(fleet: Fleet, guests: G
         await poll(lambda: asyncio.sleep(0, tcp.counters >= seen + 20))
     assert tcp.result().survived
     assert tcp.result().longest_silence_ms > 1400
+
+
+async def test_a_pause_is_told_by_the_guests_own_clock(fleet: Fleet, guests: Guests) -> None:
+    """Seen from another host and from the gateway, by echoes and by pings."""
+    guest = await asyncio.to_thread(guests.create, "g1", "h1", 128, disks=())
+    host, here, gateway = fleet.host("h1"), fleet.node("h3"), fleet.node(GATEWAY)
+    async with (
+        UdpProbe(fleet.lab, here, guest.ip, 2000) as udp,
+        UdpProbe(fleet.lab, gateway, guest.ip, 2000) as outside,
+        PingProbe(fleet.lab, here, guest.ip, 10_000) as pings,
+    ):
+        await asyncio.sleep(1)
+        await asyncio.to_thread(virsh, host, "a", "suspend", "g1")
+        await asyncio.sleep(0.5)
+        await asyncio.to_thread(virsh, host, "a", "resume", "g1")
+        await asyncio.sleep(1)
+    for seen in (udp.result(), outside.result()):
+        assert seen.pause_ms > 500 - seen.inexact_ms, seen
+        assert seen.pause_ms < seen.longest_gap_ms + seen.inexact_ms, seen
+        assert seen.waited > 0, seen
+    assert pings.result().longest_gap_ms > 500
+    assert pings.result().pause_ms == 0
 
 
 @pytest.mark.parametrize("disk", ["format=raw", "format=qcow2,place=local"])

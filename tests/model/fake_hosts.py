@@ -11,6 +11,7 @@ from enum import Enum, auto
 from handoff.agent.v1 import qemu_pb2 as pb
 from handoff.agent.v1.host_pb2 import Host, Slot
 from handoff.agent.v1.types_pb2 import Domain, DomainState, Fence
+from handoff_agent.order_age import check_age
 from handoff_agent.rules import (
     ABORTED,
     ACTIVE,
@@ -84,6 +85,7 @@ class Bugs:
 
     ignores_terms: bool = False
     resumes_held_after_s: float | None = None
+    obeys_late_orders: bool = False
     fails_when_it_does_not_know: bool = False
     """A copy that could not be run in time is called FAILED, though it may be there and run yet."""
 
@@ -144,7 +146,9 @@ class FakeHost:
     async def watch(self, migration_id: str, role: Role) -> AsyncGenerator[pb.Handoff, None]:
         while True:
             handoff = self._known(migration_id, role)
-            yield _copied(handoff)
+            told = _copied(handoff)
+            told.clock_ms = self._clock_ms()
+            yield told
             if handoff.state in FINAL_STATES:
                 return
             async with self._changed:
@@ -201,7 +205,13 @@ class FakeHost:
 
         return await self._order(fence, Call.SWITCH_OVER, migration_id, SOURCE, work)
 
-    async def activate(self, fence: Fence, migration_id: str) -> pb.Handoff:
+    def _clock_ms(self) -> int:
+        return int(1000 * asyncio.get_running_loop().time())
+
+    async def activate(self, fence: Fence, migration_id: str, heard_clock_ms: int) -> pb.Handoff:
+        if not self.bugs.obeys_late_orders:
+            check_age(heard_clock_ms, self._clock_ms())
+
         async def work(handoff: pb.Handoff) -> None:
             self._guest.expect_record(
                 f"{self.name} told to run", State.COMMITTED, State.FINISHING, State.DONE, State.ABORTING
@@ -231,7 +241,9 @@ class FakeHost:
 
         return await self._order(fence, Call.FINALIZE, migration_id, DESTINATION, work)
 
-    async def abort(self, fence: Fence, migration_id: str, role: Role, reason: str) -> pb.Handoff:
+    async def abort(
+        self, fence: Fence, migration_id: str, role: Role, reason: str, *, fenced: bool = False
+    ) -> pb.Handoff:
         async def work(handoff: pb.Handoff) -> None:
             if role == SOURCE:
                 if self.copy is Copy.PAUSED:
@@ -242,7 +254,8 @@ class FakeHost:
                 self._guest.set(self.name, Copy.GONE)
             self._to(handoff, ABORTED, reason)
 
-        return await self._order(fence, Call.ABORT, migration_id, role, work)
+        is_evicted = fenced and role == DESTINATION
+        return await self._order(fence, Call.EVICT if is_evicted else Call.ABORT, migration_id, role, work)
 
     async def _order(
         self, fence: Fence, call: Call, migration_id: str, role: Role, work: Callable[[pb.Handoff], Awaitable[None]]
@@ -255,7 +268,9 @@ class FakeHost:
             verdict = judge(call, role, known.state if known else None)
             if verdict.answer is Answer.REFUSE:
                 raise PreconditionError(verdict.message)
-            handoff = known or pb.Handoff(migration_id=migration_id, role=role, domain_uuid=UUID, domain_name=NAME)
+            handoff = known or pb.Handoff(
+                migration_id=migration_id, role=role, domain_uuid=UUID, domain_name=NAME, was_running=True
+            )
             if verdict.answer is Answer.PROCEED:
                 if asyncio.get_running_loop().time() < self._frozen_until:
                     await self._time_out(call, handoff)

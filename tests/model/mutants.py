@@ -1,11 +1,15 @@
 """Seeded bugs that the model has to find: if it does not, it is the model that is wrong."""
 
+import asyncio
+import contextlib
+
 from fake_hosts import Bugs
 from world import Kind, Mutant, Trouble
 
-from handoff_common.errors import DeadlineError
+from handoff_common.errors import DeadlineError, HandoffError
 from handoff_controller.agents import Agent
-from handoff_controller.driver import DESTINATION, SOURCE, Driver, Work
+from handoff_controller.driver import Driver, Work
+from handoff_controller.journey import DESTINATION, SOURCE
 from handoff_controller.machine import Event, State, state_of
 
 
@@ -40,22 +44,22 @@ class ActivatesBeforeTheCommit(Driver):
     async def _advance(self, work: Work) -> None:
         if state_of(self.migration) is State.SWITCHING and work.event is Event.COMPLETED:
             destination: Agent = self._destination
-            await destination.activate(self._fence, self.migration.id)
+            await destination.activate(self._fence, self.migration.id, heard_clock_ms=_now_ms())
         await super()._advance(work)
 
 
 class ReleasesWithoutProof(Driver):
     """A destination that can't be reached is taken for one that runs the guest."""
 
-    async def _activate(self) -> Event | None:
-        try:
-            await self._destination.activate(self._fence, self.migration.id)
-        except Exception:  # noqa: BLE001 - the bug
-            return None
-        return None
+    async def _steps(self, state: State) -> Work:
+        if state is not State.COMMITTED:
+            return await super()._steps(state)
+        with contextlib.suppress(HandoffError):
+            await self._destination.activate(self._fence, self.migration.id, heard_clock_ms=_now_ms())
+        return Work(Event.COMPLETED)
 
 
-AT_THE_COMMIT = 10
+AT_THE_COMMIT = 11
 
 # Each with a part of what brings it to light; the search adds the rest.
 MUTANTS: dict[str, tuple[Mutant, tuple[Trouble, ...]]] = {
@@ -74,5 +78,20 @@ MUTANTS: dict[str, tuple[Mutant, tuple[Trouble, ...]]] = {
     ),
     "an abort before it is recorded": (Mutant(driver=AbortsBeforeItIsRecorded), ()),
     "a destination that runs before the commit": (Mutant(driver=ActivatesBeforeTheCommit), ()),
+    "a destination that obeys an order out of the buffers of a cut link": (
+        Mutant(agents=Bugs(obeys_late_orders=True)),
+        (
+            Trouble(AT_THE_COMMIT + 1, Kind.LATE, 0.0, 12.0),
+            Trouble(AT_THE_COMMIT + 2, Kind.DESTINATION_CUT, 0.0, 40.0),
+        ),
+    ),
+    "a fence command that does not fence": (
+        Mutant(fences=False),
+        (Trouble(AT_THE_COMMIT + 1, Kind.DESTINATION_CUT, 0.003, 40.0),),
+    ),
     "a source released without proof": (Mutant(driver=ReleasesWithoutProof), ()),
 }
+
+
+def _now_ms() -> int:
+    return int(1000 * asyncio.get_running_loop().time())

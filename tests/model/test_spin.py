@@ -54,7 +54,7 @@ def test_once_faults_stop_the_guest_runs_once(tmp_path: Path) -> None:
     assert errors(tmp_path, ENDS, "FAULTS=0") == 0
 
 
-@pytest.mark.parametrize("seed", ["BUG_SOURCE_TIMEOUT", "BUG_NO_COMPARE", "BUG_ABORT_FIRST"])
+@pytest.mark.parametrize("seed", ["BUG_SOURCE_TIMEOUT", "BUG_NO_COMPARE", "BUG_ABORT_FIRST", "BUG_FALSE_FENCE"])
 def test_a_bug_against_safety_is_found(tmp_path: Path, seed: str) -> None:
     assert errors(tmp_path, SAFE, "FAULTS=1", seed) > 0
 

@@ -6,6 +6,7 @@ and clean end.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -21,7 +22,13 @@ from handoff.agent.v1 import qemu_pb2 as pb
 from handoff.agent.v1.host_pb2 import Host, WatchEventsResponse
 from handoff.agent.v1.types_pb2 import Domain, Fence
 from handoff.controller.v1 import guests_pb2
-from handoff.controller.v1.migrations_pb2 import CreateMigrationRequest, Migration, Placement
+from handoff.controller.v1.migrations_pb2 import (
+    CreateMigrationRequest,
+    Migration,
+    Placement,
+    RecoverMigrationRequest,
+    RecoveryTarget,
+)
 from handoff_agent.rules import FAILED, FINAL_STATES, Role
 from handoff_common.errors import (
     ConflictError,
@@ -33,7 +40,7 @@ from handoff_common.errors import (
     UnavailableError,
 )
 from handoff_controller import conductor as conductor_module
-from handoff_controller import driver, fleet, planner
+from handoff_controller import decisions, driver, fleet, forward, planner, standstill
 from handoff_controller.agents import Agents
 from handoff_controller.conductor import Conductor
 from handoff_controller.driver import Driver
@@ -52,6 +59,8 @@ TIMEOUT_S = 8.0
 LONGEST_RETRY_S = 4.0
 ZOMBIE_LIFE_S = 90.0
 QUIET_WITHIN_S = 900.0
+FENCE_S = 2.0
+OFF_S = 30.0
 
 
 class Kind(Enum):
@@ -93,9 +102,22 @@ class Trouble:
 
 
 @dataclass(frozen=True)
+class Operator:
+    """Looks at the record, and decides `after_s` after a decision is needed: for the source, or the destination."""
+
+    after_s: float = 5.0
+    to_source: bool = True
+    by_hand: bool = False
+    """Turns the silent host off himself and says so, instead of having the controllers fence it."""
+    only_cuts: bool = False
+    """As `by_hand`, but where the copy does not run the host is only cut off for a while."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """One run. `copy_s`: how long the memory takes; `timeout_s`: the migration's own deadline.
 
+    `operator`: what is done when a decision is needed.
     `rounds`: how many migrations of the guest, one after the other, each away from where it is by then.
     """
 
@@ -103,6 +125,7 @@ class Plan:
     copy_s: float = 1.0
     timeout_s: int = 1800
     rounds: int = 1
+    operator: Operator = field(default_factory=Operator)
 
 
 @dataclass(frozen=True)
@@ -113,6 +136,8 @@ class Mutant:
     compares_revisions: bool = True
     compares_leader: bool = True
     driver: type[Driver] = Driver
+    fences: bool = True
+    """False: the fence command says that the host is off, and does nothing."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +274,14 @@ class FakeAgent:
             yield handoff
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: object = (),
     ) -> pb.SourceGuest:
         if validate_only:
             await self._network.ask(self.name)
@@ -267,6 +299,7 @@ class FakeAgent:
         method: pb.TransferMethod.ValueType = pb.TRANSFER_METHOD_TCP,
         emulator: str = "",
         fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> pb.Handoff:
         if validate_only:
             await self._network.ask(self.name)
@@ -274,15 +307,23 @@ class FakeAgent:
         return await self._network.order(self.name, lambda: self._host.prepare_destination(fence, migration_id))
 
     async def start_transfer(
-        self, fence: Fence, migration_id: str, uri: str, limits: pb.TransferLimits, disks: object = ()
+        self,
+        fence: Fence,
+        migration_id: str,
+        uri: str,
+        limits: pb.TransferLimits,
+        disks: object = (),
+        tunnel_address: str = "",
     ) -> pb.Handoff:
         return await self._network.order(self.name, lambda: self._host.start_transfer(fence, migration_id, uri))
 
     async def switch_over(self, fence: Fence, migration_id: str) -> pb.Handoff:
         return await self._network.order(self.name, lambda: self._host.switch_over(fence, migration_id))
 
-    async def activate(self, fence: Fence, migration_id: str) -> pb.Handoff:
-        return await self._network.order(self.name, lambda: self._host.activate(fence, migration_id))
+    async def activate(
+        self, fence: Fence, migration_id: str, *, heard_clock_ms: int, keep_paused: bool = False
+    ) -> pb.Handoff:
+        return await self._network.order(self.name, lambda: self._host.activate(fence, migration_id, heard_clock_ms))
 
     async def release_source(self, fence: Fence, migration_id: str, *, keep_disks: bool = False) -> pb.Handoff:
         return await self._network.order(self.name, lambda: self._host.release_source(fence, migration_id))
@@ -290,8 +331,12 @@ class FakeAgent:
     async def finalize_destination(self, fence: Fence, migration_id: str) -> pb.Handoff:
         return await self._network.order(self.name, lambda: self._host.finalize_destination(fence, migration_id))
 
-    async def abort(self, fence: Fence, migration_id: str, role: Role, reason: str) -> pb.Handoff:
-        return await self._network.order(self.name, lambda: self._host.abort(fence, migration_id, role, reason))
+    async def abort(
+        self, fence: Fence, migration_id: str, role: Role, reason: str, *, fenced: bool = False
+    ) -> pb.Handoff:
+        return await self._network.order(
+            self.name, lambda: self._host.abort(fence, migration_id, role, reason, fenced=fenced)
+        )
 
 
 class FakeAgents:
@@ -310,6 +355,21 @@ class FakeAgents:
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._agents))
+
+
+class FakeFencing:
+    """As fencing.FenceCommand."""
+
+    configured = True
+    automatic_after_s = 0.0
+
+    def __init__(self, world: "World") -> None:
+        self._world = world
+
+    async def fence(self, host: str) -> str:
+        await asyncio.sleep(FENCE_S)
+        self._world.turn_off(host)
+        return f"{host} was fenced"
 
 
 class World:
@@ -331,6 +391,7 @@ class World:
         self.conductor: Conductor
         self.cancelled: list[int] = []
         self._plan = plan
+        self._fences = mutant.fences
         self._parsed: tuple[int, Migration] | None = None
         self._agents = FakeAgents([FakeAgent(host, self.network) for host in self.hosts.values()])
 
@@ -394,6 +455,37 @@ class World:
     def _judge_end(self, work: asyncio.Task[None], conductor: Conductor) -> None:
         if not isinstance(work.exception(), StaleTermError) or conductor is self.conductor:
             self.guest.violations.append(f"a leader's work ended with {work.exception()!r}")
+
+    def turn_off(self, host: str) -> None:
+        """Its QEMUs are gone at once; its agent is back after a while."""
+        if self._fences:
+            self.network.cut(host, OFF_S)
+            self.hosts[host].kill_qemu()
+
+    async def _operate(self) -> None:
+        operator = self._plan.operator
+        while True:
+            await asyncio.sleep(1.0)
+            migration = self.migration()
+            if migration is None or not migration.needs_decision:
+                continue
+            await asyncio.sleep(operator.after_s)
+            fences = operator.by_hand and operator.to_source and state_of(migration) is State.COMMITTED
+            if fences and self.network.is_cut(self.destination):
+                if operator.only_cuts and self.guest.copies[self.destination] is not Copy.RUNNING:
+                    self.network.cut(self.destination, OFF_S)
+                else:
+                    self.turn_off(self.destination)
+            target = RecoveryTarget.RECOVERY_TARGET_DESTINATION
+            if operator.to_source or state_of(migration) is not State.COMMITTED:
+                target = RecoveryTarget.RECOVERY_TARGET_SOURCE
+            request = RecoverMigrationRequest(id=migration.id, target=target, by="operator", accept_loss=True)
+            if operator.by_hand and operator.to_source:
+                request.fenced_host = self.destination
+            if state_of(migration) is State.COMMITTED:
+                with contextlib.suppress(HandoffError, TimeoutError):
+                    async with asyncio.timeout(30.0):
+                        await self.conductor.recover(request)
 
     def happen(self, trouble: Trouble) -> None:
         self.spawn(self._happen(trouble))
@@ -461,6 +553,7 @@ class World:
 
     async def _play_round(self) -> None:
         request = self.spawn(self._request())
+        operator = self.spawn(self._operate())
         try:
             async with asyncio.timeout(QUIET_WITHIN_S):
                 while not self._is_quiet():  # noqa: ASYNC110 - virtual time
@@ -468,6 +561,7 @@ class World:
         except TimeoutError:
             self.guest.violations.append(f"not quiet after {QUIET_WITHIN_S:g} s: {self._leftovers()}")
         request.cancel()
+        operator.cancel()
         self._judge_end_state()
 
     async def _request(self) -> None:
@@ -530,8 +624,11 @@ def play(plan: Plan, mutant: Mutant | None = None) -> Verdict:
     """Runs one plan to its end, in virtual time."""
     mutant = mutant or Mutant()
 
+    worlds: list[World] = []
+
     async def main() -> Verdict:
         world = World(plan, mutant)
+        worlds.append(world)
         await world.play()
         migration = world.migration()
         return Verdict(
@@ -546,6 +643,10 @@ def play(plan: Plan, mutant: Mutant | None = None) -> Verdict:
         patch.object(driver, "datetime", VirtualDatetime),
         patch.object(planner, "datetime", VirtualDatetime),
         patch.object(fleet, "datetime", VirtualDatetime),
+        patch.object(decisions, "datetime", VirtualDatetime),
+        patch.object(forward, "datetime", VirtualDatetime),
+        patch.object(standstill, "datetime", VirtualDatetime),
         patch.object(conductor_module, "Driver", mutant.driver),
+        patch.object(conductor_module, "FenceCommand", lambda _: FakeFencing(worlds[-1])),
     ):
         return run(main)

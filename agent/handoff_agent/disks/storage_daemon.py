@@ -109,9 +109,9 @@ class StorageDaemon:
             if done.returncode == 0:
                 return {each.name: str(ExportUri(address.host, port, each.name)) for each in exports}
             if _IN_USE not in done.stderr:
-                shutil.rmtree(self._folder, ignore_errors=True)
+                self._forget()
                 raise PreconditionError(f"{_BINARY}: {done.stderr.strip()[-300:]}")
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._forget()
         raise ExhaustedError(
             f"no free port for disks on {address.host}, ports {address.first_port} to {address.last_port}"
         )
@@ -152,6 +152,10 @@ class StorageDaemon:
                     self._end(handle)
                 finally:
                     os.close(handle)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Removes the folder, and that of its handoff if it was the last there."""
         shutil.rmtree(self._folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self._folder.parent.rmdir()

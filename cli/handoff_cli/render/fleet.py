@@ -9,9 +9,9 @@ from rich.text import Text
 from handoff.agent.v1.host_pb2 import Emulator
 from handoff.controller.v1.guests_pb2 import Guest
 from handoff.controller.v1.hosts_pb2 import Host, HostState
-from handoff_cli.render.parts import moment, place, state_text, table
+from handoff_cli.render.parts import loss_state, moment, place, state_text, table
 from handoff_cli.states import domain_state, host_state
-from handoff_cli.units import format_age, format_bytes
+from handoff_cli.units import format_age, format_bytes, format_date
 
 # In a narrower terminal the bar and the agents' addresses are left out.
 WIDE = 110
@@ -39,6 +39,11 @@ def hosts_table(hosts: Iterable[Host], width: int, now: datetime) -> RenderableT
         ]
         made.add_row(*cells, *([host.agent_address] if wide else []))
     notes = [_host_note(host, now) for host in hosts if host.state != HostState.HOST_STATE_UP]
+    notes += [
+        Text.assemble((host.name, "bold"), ": ", ("decide: ", "bold red"), text)
+        for host in hosts
+        for text in host.problems
+    ]
     return Group(made, *([Text()] if notes else []), *notes)
 
 
@@ -79,7 +84,7 @@ def _distinct(names: Iterable[str]) -> str:
 
 
 def guests_table(guests: Sequence[Guest]) -> RenderableType:
-    """One line a guest; below it those that run in two places."""
+    """One line a guest; below it what is wrong with some of them."""
     if not guests:
         return Text("No guests.")
     made = table(
@@ -93,14 +98,28 @@ def guests_table(guests: Sequence[Guest]) -> RenderableType:
         made.add_row(
             guest.name,
             place(guest.owner),
-            state_text(domain_state(domain.state)),
+            state_text(loss_state(guest.loss) if guest.HasField("loss") else domain_state(domain.state)),
             format_bytes(domain.memory_bytes) if known else "–",
             str(domain.vcpus) if known else "–",
             _build(Emulator(name=domain.emulator_name, release=domain.qemu_release)) or "–",
             guest.active_migration or "–",
         )
-    conflicts = [_conflict_note(guest) for guest in guests if guest.conflicts]
-    return Group(made, *([Text()] if conflicts else []), *conflicts)
+    notes = [_conflict_note(guest) for guest in guests if guest.conflicts]
+    notes += [_loss_note(guest) for guest in guests if guest.HasField("loss")]
+    notes += [
+        Text.assemble((guest.name, "bold"), ": ", ("needs a decision: ", "bold red"), guest.needs_decision)
+        for guest in guests
+        if guest.needs_decision
+    ]
+    return Group(made, *([Text()] if notes else []), *notes)
+
+
+def _loss_note(guest: Guest) -> Text:
+    loss = guest.loss
+    note = Text.assemble((guest.name, "bold"), " is ", state_text(loss_state(loss)), f" on {loss.host}")
+    if loss.HasField("time"):
+        note.append(f" since {format_date(moment(loss.time))}")
+    return note.append(f": {loss.reason}")
 
 
 def _conflict_note(guest: Guest) -> Text:

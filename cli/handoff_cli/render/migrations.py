@@ -6,7 +6,7 @@ from datetime import datetime
 from rich.console import RenderableType
 from rich.text import Text
 
-from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind, Outcome
+from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind, Outcome, RecoveryTarget
 from handoff_cli.render.parts import migration_state_text, moment, route, table
 from handoff_cli.states import ABORTED
 from handoff_cli.units import format_age, format_bytes, format_duration, format_ms
@@ -62,6 +62,20 @@ def cancel_sentence(migration: Migration) -> Text:
     )
 
 
+def recover_sentence(migration: Migration) -> Text:
+    """After `recover`."""
+    source, destination = migration.source.host, migration.destination.host
+    if migration.loss.host == source:
+        what = f"is given up; {migration.guest_name} is lost with {source}"
+    elif migration.loss.certain:
+        what = f"leaves {migration.guest_name} to {destination}: start it there"
+    elif migration.recovery.target == RecoveryTarget.RECOVERY_TARGET_SOURCE:
+        what = f"is taken back; {migration.guest_name} runs on {source}"
+    else:
+        what = f"waits for {destination}; the copy on {source} stays as it is"
+    return Text(f"Migration {migration.id} {what}. `handoff watch {migration.id}` follows it.")
+
+
 def done_sentence(migration: Migration) -> Text:
     """How a migration that is DONE went."""
     outcome = migration.outcome
@@ -92,6 +106,8 @@ def aborted_sentence(migration: Migration) -> str:
     reason = migration.error or "no reason is recorded"
     paused = migration.outcome.downtime_ms
     pause = f", after a pause of {format_ms(paused)}" if paused else ""
+    if migration.HasField("loss"):
+        return lost_sentence(migration)
     return (
         f"migration {migration.id} was undone: {reason.rstrip('.')}. {migration.guest_name} is on "
         f"{migration.source.host} as before{pause}. Details: `handoff show {migration.id}`"
@@ -99,5 +115,9 @@ def aborted_sentence(migration: Migration) -> str:
 
 
 def lost_sentence(migration: Migration) -> str:
-    """What is to be done for a guest that ended as it was resumed at the destination."""
-    return f"migration {migration.id}: {migration.error.rstrip('.')}. Details: `handoff show {migration.id}`"
+    """What is known of a guest that does not run, or may not."""
+    what = "is lost" if migration.loss.certain else "may be lost"
+    return (
+        f"{migration.guest_name} {what}: {migration.loss.reason.rstrip('.')} (migration {migration.id}). "
+        f"Details: `handoff show {migration.id}`"
+    )

@@ -7,7 +7,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from rich.table import Table
 from rich.text import Text
 
-from handoff.controller.v1.migrations_pb2 import Migration, Placement
+from handoff.controller.v1.migrations_pb2 import GuestLoss, Migration, Placement
 from handoff_cli.states import migration_state
 
 STYLES = {
@@ -20,6 +20,8 @@ STYLES = {
     "DEGRADED": "yellow",
     "running": "green",
     "paused": "yellow",
+    "lost": "bold red",
+    "unreachable": "bold red",
 }
 
 
@@ -41,13 +43,20 @@ def state_text(name: str) -> Text:
 def migration_state_text(migration: Migration) -> Text:
     """The migration's state, marked where something is worth a look."""
     name = migration_state(migration.state)
-    if name == "DONE" and migration.error:
-        return Text("DONE, does not run", style="bold red")
+    if migration.needs_decision:
+        return Text(f"{name}, needs a decision", style="bold red")
+    if migration.HasField("loss"):
+        return Text(f"{name}, guest {loss_state(migration.loss)}", style="bold red")
     if name == "DONE" and migration.warnings:
         return Text("DONE, warnings", style="yellow")
     if migration.cancel_requested and name not in ("ABORTING", "ABORTED", "DONE"):
         return Text(f"{name}, cancelled", style="yellow")
     return state_text(name)
+
+
+def loss_state(loss: GuestLoss) -> str:
+    """ "lost" where that is certain, "unreachable" where nobody knows."""
+    return "lost" if loss.certain else "unreachable"
 
 
 def moment(stamp: Timestamp) -> datetime:

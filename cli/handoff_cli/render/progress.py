@@ -46,6 +46,15 @@ def guest_facts(progress: TransferProgress) -> Iterator[str]:
         yield f"pause if switched now {format_ms(progress.expected_downtime_ms)}"
 
 
+def pending_text(migration: Migration) -> Text | None:
+    """What it waits for, or what is to be decided; None while it goes on."""
+    if migration.needs_decision:
+        return Text.assemble(("needs a decision: ", "bold red"), migration.needs_decision)
+    if migration.waiting_for:
+        return Text(f"waits: {migration.waiting_for}", "yellow")
+    return None
+
+
 def has_progress(migration: Migration) -> bool:
     """Whether there is a reading that says something about the state that it is in."""
     progress = migration.progress
@@ -73,8 +82,9 @@ def live_view(migration: Migration, now: datetime) -> RenderableType:
     ).append(f"  {format_duration(float(int(lasted_s(migration, now))))}")
     if is_final(migration):
         return Text()
-    if migration.waiting_for:
-        return Group(head, Text(f"  waits: {migration.waiting_for}", "yellow"))
+    pending = pending_text(migration)
+    if pending is not None:
+        return Group(head, Text("  ").append_text(pending))
     if not has_progress(migration):
         return head
     progress = migration.progress

@@ -7,10 +7,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind, MigrationOptions
+from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind, MigrationOptions, Recovery, RecoveryTarget
 from handoff_cli.render.disks import plan_table
 from handoff_cli.render.migrations import lasted_s
-from handoff_cli.render.parts import migration_state_text, moment, place, state_text, table
+from handoff_cli.render.parts import loss_state, migration_state_text, moment, place, state_text, table
 from handoff_cli.render.progress import progress_facts
 from handoff_cli.states import DONE, is_final, migration_state
 from handoff_cli.units import (
@@ -32,6 +32,12 @@ def record(migration: Migration, now: datetime) -> RenderableType:
     figures = tuple(_figures(migration))
     if figures:
         parts += [Text(), _pairs(figures)]
+    if migration.needs_decision:
+        parts += [Text(), Text.assemble(("needs a decision: ", "bold red"), migration.needs_decision)]
+    if migration.HasField("loss"):
+        loss = migration.loss
+        noticed = f" ({'noticed' if loss.certain else 'last seen'} {format_date(moment(loss.time))})"
+        parts += [Text(), Text.assemble((f"{loss_state(loss)}: ", "bold red"), loss.reason, noticed)]
     for warning in migration.warnings:
         parts += [Text(), Text.assemble(("warning: ", "bold yellow"), warning)]
     if migration.error:
@@ -65,7 +71,14 @@ def _facts(migration: Migration, now: datetime) -> Table:
         rows.append(("So far", format_duration(lasted_s(migration, now))))
     if migration.waiting_for:
         rows.append(("Waits for", migration.waiting_for))
+    if migration.HasField("recovery"):
+        rows.append(("Decided", _decided(migration.recovery)))
     return _pairs(tuple(rows))
+
+
+def _decided(recovery: Recovery) -> str:
+    target = "the source" if recovery.target == RecoveryTarget.RECOVERY_TARGET_SOURCE else "the destination"
+    return f"for {target} by {recovery.by}, {format_date(moment(recovery.time))}: {recovery.how}"
 
 
 def _plan(migration: Migration) -> Iterator[tuple[str, str | Text]]:

@@ -330,6 +330,27 @@ async def test_a_destination_that_goes_away_never_ran(move: Move) -> None:
     assert await move.is_running(move.source)
 
 
+async def test_a_destination_that_is_killed_just_before_it_is_told_to_run_never_ran(move: Move) -> None:
+    """libvirt still takes the domain for a live one when Activate comes."""
+    await move.advance(HELD)
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    os.kill(incoming_qemu(move.guest), signal.SIGKILL)
+    await destination.activate()
+    assert destination.state == FAILED
+    assert destination.to_message().never_ran
+    await move.abort()
+    assert await move.is_running(move.source)
+
+
+def incoming_qemu(guest: str) -> int:
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if guest.encode() in words and b"-incoming" in words:
+                return int(process.name)
+    raise AssertionError(f"no QEMU waits for {guest}")
+
+
 async def test_a_source_that_goes_away_fails_and_says_so(move: Move) -> None:
     await move.advance(READY)
     await move.source.slot.on_domain(move.guest, lambda domain: domain.destroy())
@@ -364,9 +385,63 @@ async def test_a_paused_guest_moves_paused(move: Move) -> None:
     await move.source.slot.on_domain(move.guest, lambda domain: domain.suspend())
     await move.advance(HELD)
     destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
-    await destination.activate()
+    await destination.activate(keep_paused=True)
     assert destination.state == ACTIVE
     assert await Monitor(move.target.slot, move.guest).query_status() == "paused"
+
+
+@pytest.mark.parametrize("stage", [TRANSFERRING, READY], ids=["copying", "ready"])
+async def test_a_guest_that_its_user_pauses_during_the_copy_moves_paused(move: Move, stage: State) -> None:
+    await move.advance(stage)
+    await move.source.slot.on_domain(move.guest, lambda domain: domain.suspend())
+    # Longer than a pause of QEMU's own would be left alone.
+    await asyncio.sleep(1.0)
+    assert (await move.until(READY)).state == READY
+    await move.source.handoffs.source(move.id, Call.SWITCH_OVER).switch_over()
+    held = await move.until(HELD)
+    assert (held.state, held.was_running) == (HELD, False)
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    await destination.activate(keep_paused=True)
+    assert destination.state == ACTIVE
+    assert await Monitor(move.target.slot, move.guest).query_status() == "paused"
+
+
+async def test_a_guest_that_its_user_runs_again_moves_running(move: Move) -> None:
+    await move.source.slot.on_domain(move.guest, lambda domain: domain.suspend())
+    await move.advance(PREPARED)
+    await move.source.slot.on_domain(move.guest, lambda domain: domain.resume())
+    await move.advance(HELD)
+    held = await move.until(HELD)
+    assert (held.state, held.was_running) == (HELD, True)
+    await move.target.handoffs.destination(move.id, Call.ACTIVATE).activate()
+    assert await move.is_running(move.target)
+
+
+async def test_a_guest_that_its_user_paused_stays_paused_after_an_abort(move: Move) -> None:
+    await move.advance(READY)
+    await move.source.slot.on_domain(move.guest, lambda domain: domain.suspend())
+    await asyncio.sleep(0.2)
+    await move.abort()
+    assert not await move.is_running(move.source)
+
+
+async def test_what_ended_after_it_ran_is_told(move: Move) -> None:
+    await move.advance(HELD)
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    await destination.activate()
+    await move.target.slot.on_domain(move.guest, lambda domain: domain.destroy())
+    await destination.finalize()
+    assert (destination.state, destination.to_message().ended) == (FINALIZED, True)
+
+
+async def test_a_copy_that_ran_on_a_fenced_host_is_destroyed(move: Move) -> None:
+    await move.advance(HELD)
+    await move.target.handoffs.destination(move.id, Call.ACTIVATE).activate()
+    with pytest.raises(PreconditionError):
+        await move.target.handoffs.abort(move.id, DESTINATION, "no")
+    await move.target.restart()
+    assert (await move.target.handoffs.abort(move.id, DESTINATION, "fenced", fenced=True)).state == ABORTED
+    assert await move.target.domain_names() == []
 
 
 async def test_repeated_calls_change_nothing(move: Move) -> None:
@@ -395,7 +470,7 @@ async def test_a_check_leaves_no_trace(move: Move) -> None:
     assert await move.target.domain_names() == []
     for host in (move.source, move.target):
         assert not host.handoffs.all()
-        assert not list((host.state_dir / "handoffs").iterdir())
+        assert not list((host.state_dir / "handoffs").glob("*.json"))
 
 
 async def test_a_guest_that_can_not_start_leaves_nothing(move: Move) -> None:
@@ -404,7 +479,7 @@ async def test_a_guest_that_can_not_start_leaves_nothing(move: Move) -> None:
     with pytest.raises(PreconditionError, match="can't be started here"):
         await move.target.handoffs.prepare_destination(move.id, guest, "a", validate_only=False)
     assert await move.target.domain_names() == []
-    assert not list((move.target.state_dir / "handoffs").iterdir())
+    assert not list((move.target.state_dir / "handoffs").glob("*.json"))
 
 
 async def test_an_unreachable_destination_fails_the_transfer(move: Move) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from handoff.agent.v1 import flow_pb2
+from handoff.agent.v1 import flow_pb2, types_pb2
 from handoff_agent import ovs_ports
 from handoff_agent.flow_service import FlowService
 from handoff_agent.ovs_ports import GuestPort, OvsPorts
@@ -15,6 +15,13 @@ from handoff_common.errors import DeadlineError, PreconditionError
 
 GUEST = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0"
 OTHER = "11111111-2222-3333-4444-555555555555"
+
+
+class NobodyAsks:
+    """Reading needs no term."""
+
+    async def admit(self, fence: types_pb2.Fence) -> None:
+        raise AssertionError(fence)
 
 
 @pytest.fixture
@@ -76,7 +83,7 @@ async def test_ports_of_guests(database: str) -> None:
 async def test_service_filters_by_domain(database: str) -> None:
     plug_guest(database, "br-int", "vnet0", GUEST, "52:54:00:00:00:01")
     plug_guest(database, "br-int", "vnet1", OTHER, "52:54:00:00:00:02")
-    service = FlowService(OvsPorts(database))
+    service = FlowService(OvsPorts(database), None, NobodyAsks())
 
     async def names(uuid: str) -> list[str]:
         request = flow_pb2.ListPortsRequest(domain_uuid=uuid)

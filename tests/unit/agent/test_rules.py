@@ -28,7 +28,7 @@ from handoff_agent.rules import (
 SOURCE_PATH = (PREPARED, TRANSFERRING, READY, SWITCHING, HELD, RELEASED)
 DESTINATION_PATH = (PREPARED, ACTIVE, FINALIZED)
 SOURCE_CALLS = (Call.PREPARE, Call.START_TRANSFER, Call.SWITCH_OVER, Call.RELEASE, Call.ABORT)
-DESTINATION_CALLS = (Call.PREPARE, Call.ACTIVATE, Call.FINALIZE, Call.ABORT)
+DESTINATION_CALLS = (Call.PREPARE, Call.ACTIVATE, Call.FINALIZE, Call.ABORT, Call.EVICT)
 # What each call leads to: from there on it has been carried out.
 TARGETS = {
     SOURCE: {
@@ -74,8 +74,9 @@ def test_a_call_does_not_skip_a_step(role):
 
 @pytest.mark.parametrize("role", STATES)
 def test_an_aborted_handoff_never_goes_on(role):
+    undoing = (Call.ABORT, Call.EVICT) if role == DESTINATION else (Call.ABORT,)
     for call in Call:
-        expected = Answer.ALREADY if call is Call.ABORT else Answer.REFUSE
+        expected = Answer.ALREADY if call in undoing else Answer.REFUSE
         assert judge(call, role, ABORTED).answer is expected
 
 
@@ -100,6 +101,11 @@ def test_a_guest_that_runs_is_not_aborted_away(state):
     verdict = judge(Call.ABORT, DESTINATION, state)
     assert verdict.answer is Answer.REFUSE
     assert state_name(state) in verdict.message
+
+
+def test_a_fenced_hosts_copy_goes_even_if_it_ran():
+    assert judge(Call.EVICT, DESTINATION, ACTIVE).answer is Answer.PROCEED
+    assert judge(Call.EVICT, DESTINATION, FINALIZED).answer is Answer.REFUSE
 
 
 def test_a_released_source_can_not_be_aborted():

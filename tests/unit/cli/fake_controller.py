@@ -7,9 +7,16 @@ from dataclasses import dataclass, field
 import grpc.aio
 from cli_samples import ABORTED, DONE, ROLLOUT_RUNNING, ROLLOUT_STOPPING, a_migration, a_rollout
 
+from handoff.agent.v1 import flow_pb2
 from handoff.controller.v1 import guests_pb2_grpc, hosts_pb2_grpc, migrations_pb2_grpc, rollouts_pb2_grpc
 from handoff.controller.v1.guests_pb2 import Guest, ListGuestsRequest, ListGuestsResponse
-from handoff.controller.v1.hosts_pb2 import Host, ListHostsRequest, ListHostsResponse
+from handoff.controller.v1.hosts_pb2 import (
+    GetNetworkRequest,
+    GetNetworkResponse,
+    Host,
+    ListHostsRequest,
+    ListHostsResponse,
+)
 from handoff.controller.v1.migrations_pb2 import (
     CancelMigrationRequest,
     CancelMigrationResponse,
@@ -20,6 +27,8 @@ from handoff.controller.v1.migrations_pb2 import (
     ListMigrationsRequest,
     ListMigrationsResponse,
     Migration,
+    RecoverMigrationRequest,
+    RecoverMigrationResponse,
     WatchMigrationRequest,
     WatchMigrationResponse,
 )
@@ -36,7 +45,7 @@ from handoff.controller.v1.rollouts_pb2 import (
     WatchRolloutRequest,
     WatchRolloutResponse,
 )
-from handoff_common.errors import HandoffError, NotFoundError
+from handoff_common.errors import HandoffError, NotFoundError, PreconditionError
 from handoff_common.server import Context, Server
 
 
@@ -46,6 +55,7 @@ class Fleet:
 
     hosts: list[Host] = field(default_factory=list)
     guests: list[Guest] = field(default_factory=list)
+    networks: dict[str, flow_pb2.GetNetworkResponse] = field(default_factory=dict)
     migrations: dict[str, Migration] = field(default_factory=dict)
     rollouts: dict[str, Rollout] = field(default_factory=dict)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -116,6 +126,11 @@ class FakeController(
         self.calls.append("ListHosts")
         return ListHostsResponse(hosts=self.fleet.hosts)
 
+    async def GetNetwork(self, request: GetNetworkRequest, context: Context) -> GetNetworkResponse:  # noqa: N802
+        if request.host not in self.fleet.networks:
+            raise PreconditionError("this agent manages no flows")
+        return GetNetworkResponse(network=self.fleet.networks[request.host])
+
     async def ListGuests(self, request: ListGuestsRequest, context: Context) -> ListGuestsResponse:  # noqa: N802
         return ListGuestsResponse(guests=[g for g in self.fleet.guests if request.host in ("", g.owner.host)])
 
@@ -146,6 +161,16 @@ class FakeController(
         migration.cancel_requested = True
         await self.fleet.put(migration)
         return CancelMigrationResponse(migration=migration)
+
+    async def RecoverMigration(self, request: RecoverMigrationRequest, context: Context) -> RecoverMigrationResponse:  # noqa: N802
+        if self.refusals:
+            raise self.refusals.pop(0)
+        migration = self.fleet.find(request.id)
+        migration.recovery.target = request.target
+        migration.recovery.by = request.by
+        migration.recovery.fenced_host = request.fenced_host
+        await self.fleet.put(migration)
+        return RecoverMigrationResponse(migration=migration)
 
     async def WatchMigration(  # noqa: N802
         self, request: WatchMigrationRequest, context: grpc.aio.ServicerContext

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from conftest import Ended, Handoff, StartController
 from fake_controller import FakeController, Fleet
 
+from handoff.controller.v1.migrations_pb2 import GuestLoss
 from handoff_cli import run
 from handoff_cli.exits import EXIT_HELP, Exit
 from handoff_cli.main import COMMANDS, cli
@@ -332,6 +333,31 @@ async def test_cancel_that_comes_too_late(handoff: Handoff, controller: FakeCont
     ended = await handoff("cancel", ID, "--controller", controller.address)
     assert ended.status == Exit.REFUSED
     assert "To bring it back, migrate it to h1" in ended.err
+
+
+async def test_a_decision_carries_who_takes_it(handoff: Handoff, fleet: Fleet, controller: FakeController) -> None:
+    await fleet.put(a_migration(WHOLE_WAY[:5]))
+    ended = await handoff("recover", ID, "--to", "source", "--i-have-fenced", "h2", "--controller", controller.address)
+    assert ended.status == Exit.OK, ended
+    taken = fleet.migrations[ID].recovery
+    assert (taken.target, taken.fenced_host) == (1, "h2")
+    assert "@" in taken.by
+    assert "web-1 runs on h1" in ended.out
+
+
+async def test_an_unsafe_decision_is_refused(handoff: Handoff, controller: FakeController) -> None:
+    controller.refusals.append(PreconditionError("h2 is not off: its agent answers"))
+    ended = await handoff("recover", ID, "--to", "source", "--controller", controller.address)
+    assert ended.status == Exit.REFUSED
+    assert "h2 is not off" in ended.err
+
+
+async def test_a_lost_guest_is_status_1(handoff: Handoff, fleet: Fleet, controller: FakeController) -> None:
+    loss = GuestLoss(host="h2", reason="web-1 ran on h2, and its QEMU ended there", certain=True)
+    await fleet.put(a_migration(loss=loss))
+    ended = await handoff("watch", ID, "--controller", controller.address)
+    assert ended.status == Exit.ABORTED
+    assert "web-1 is lost: web-1 ran on h2" in ended.err
 
 
 @pytest.mark.parametrize("name", ["hosts", "guests", "list"])

@@ -23,7 +23,14 @@ from cli_samples import (
 from rich.console import Console, RenderableType
 
 from handoff.controller.v1.hosts_pb2 import Host, HostState
-from handoff.controller.v1.migrations_pb2 import Migration, MigrationState, Placement
+from handoff.controller.v1.migrations_pb2 import (
+    GuestLoss,
+    Migration,
+    MigrationState,
+    Placement,
+    Recovery,
+    RecoveryTarget,
+)
 from handoff.controller.v1.rollouts_pb2 import RolloutState
 from handoff_cli.follow import LinesView
 from handoff_cli.render.fleet import guests_table, hosts_table
@@ -31,6 +38,7 @@ from handoff_cli.render.migrations import (
     aborted_sentence,
     cancel_sentence,
     done_sentence,
+    lost_sentence,
     migrations_table,
     started_sentence,
 )
@@ -83,12 +91,49 @@ def test_the_record_of_one_under_way_says_so_far_and_has_the_last_reading() -> N
     assert "throttle to 20 %" in shown
 
 
-def test_a_guest_that_ended_as_it_was_resumed_is_not_called_moved_nor_undone() -> None:
-    lost = a_migration(error="web-1 was moved to h2 and does not run there")
-    shown = text(record(lost, NOW))
-    assert "DONE, does not run" in shown
-    assert "error: web-1 was moved" in shown
+def a_loss(*, certain: bool = True) -> GuestLoss:
+    loss = GuestLoss(host="h2", reason="web-1 ran on h2, and its QEMU ended there", certain=certain)
+    loss.time.FromDatetime(START)
+    return loss
+
+
+def test_a_guest_that_ended_at_its_destination_is_called_lost_and_not_undone() -> None:
+    shown = text(record(a_migration(loss=a_loss()), NOW), 200)
+    assert "DONE, guest lost" in shown
+    assert "lost: web-1 ran on h2, and its QEMU ended there (noticed 2026-03-14" in shown
     assert "undone" not in shown
+    assert "web-1 is lost: web-1 ran on h2" in lost_sentence(a_migration(loss=a_loss()))
+    assert "web-1 may be lost" in lost_sentence(a_migration(loss=a_loss(certain=False)))
+
+
+def test_a_decision_is_asked_for_wherever_one_looks() -> None:
+    waiting = a_migration(WHOLE_WAY[:5], needs_decision="turn h2 off")
+    for shown in (record(waiting, NOW), migrations_table([waiting], NOW), live_view(waiting, NOW)):
+        assert "COMMITTED, needs a decision" in text(shown, 200)
+    assert "needs a decision: turn h2 off" in text(record(waiting, NOW))
+    assert "needs a decision: turn h2 off" in text(live_view(waiting, NOW))
+    assert "web-1: needs a decision: turn h2 off" in text(guests_table([a_guest(needs_decision="turn h2 off")]), 200)
+
+
+def test_a_decision_that_was_taken_is_shown_with_who_took_it() -> None:
+    taken = Recovery(target=RecoveryTarget.RECOVERY_TARGET_SOURCE, by="alice@adm1", how="h2 is fenced")
+    taken.time.FromDatetime(START)
+    shown = text(record(a_migration(UNDONE, recovery=taken), NOW), 200)
+    assert "for the source by alice@adm1, 2026-03-14" in shown
+    assert "h2 is fenced" in shown
+
+
+def test_lost_guests_and_where() -> None:
+    lost, silent = a_guest(loss=a_loss()), a_guest("db-1", loss=a_loss(certain=False))
+    shown = text(guests_table([lost, silent]), 200)
+    assert "web-1 is lost on h2 since 2026-03-14" in shown
+    assert "db-1 is unreachable on h2" in shown
+    assert "running" not in shown
+
+
+def test_what_is_to_be_decided_on_a_host() -> None:
+    shown = text(hosts_table([a_host(problems=["web-1 is the source of a migration without a record"])], 120, NOW), 200)
+    assert "h1: decide: web-1 is the source" in shown
 
 
 def test_the_record_has_reasons_error_and_warnings() -> None:

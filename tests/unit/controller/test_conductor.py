@@ -156,6 +156,19 @@ async def test_a_cancel_while_it_copies_is_undone_on_both_hosts(fleet: Fleet, le
     assert (await fleet.reader.guest("web")).owner.host == "h1"
 
 
+async def test_a_destination_that_is_gone_after_the_copy_does_not_get_the_guest(fleet: Fleet, lead: Lead) -> None:
+    async with fleet.led_by(await lead()) as conductor:
+        await conductor.create(move("web", "m1"))
+        await fleet.is_in("m1", State.COPYING)
+        await fleet.h2.fail("m1", "its QEMU ended")
+        fleet.h1.may_copy.set()
+        aborted = await fleet.is_in("m1", State.ABORTED)
+
+    assert states(aborted)[-3:] == ["SWITCHING", "ABORTING", "ABORTED"]
+    assert aborted.error == "h2: its QEMU ended"
+    assert ("switch_over", "m1") not in fleet.h1.calls
+
+
 async def test_the_next_leader_adopts_what_is_in_flight(fleet: Fleet, lead: Lead) -> None:
     async with fleet.led_by(await lead()) as conductor:
         await conductor.create(move("web", "m1"))

@@ -39,7 +39,14 @@ class Unwilling(InstantAgent):
         return await super().get_host()
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: object = (),
     ) -> SourceGuest:
         if self._keeps:
             raise PreconditionError("disk vda is local")
@@ -56,6 +63,7 @@ class Unwilling(InstantAgent):
         method: TransferMethod.ValueType = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
         fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> Handoff:
         if self._full:
             raise ExhaustedError(f"{self.name} has 1 GiB free, web needs 2 GiB")

@@ -2,6 +2,8 @@ import pytest
 from records import UUID, domain, guest, place
 
 from handoff.agent.v1.types_pb2 import Domain, DomainState
+from handoff.controller.v1.guests_pb2 import Guest
+from handoff.controller.v1.migrations_pb2 import GuestLoss
 from handoff_controller.reconcile import ACTIVE, reconcile
 
 SHUT_OFF = DomainState.DOMAIN_STATE_SHUT_OFF
@@ -120,3 +122,32 @@ def test_of_a_guest_that_runs_in_neither_slot_the_recorded_one_counts(slots: str
     both = [domain(slot=slot, state=DomainState.DOMAIN_STATE_SHUT_OFF) for slot in slots]
 
     assert reconcile("h1", both, [guest()], {"h1": {UUID}}).written == ()
+
+
+def lost(owner: str = "h1", *, certain: bool = False) -> Guest:
+    found = guest(owner)
+    found.loss.CopyFrom(GuestLoss(host=owner, reason="h1 did not answer", certain=certain))
+    return found
+
+
+def test_a_lost_guest_that_runs_is_not_lost() -> None:
+    changes = reconcile("h1", [domain()], [lost()], {"h1": {UUID}})
+
+    assert changes.written == (guest(),)
+
+
+@pytest.mark.parametrize("seen", [[domain(state=DomainState.DOMAIN_STATE_SHUT_OFF)], []], ids=["off", "gone"])
+def test_a_guest_that_may_be_lost_is_for_certain_once_its_host_is_back_without_it(seen: list[Domain]) -> None:
+    changes = reconcile("h1", seen, [lost()], {"h1": {one.uuid for one in seen}})
+
+    assert changes.forgotten == ()
+    assert changes.written[0].loss.certain
+    assert changes.written[0].loss.reason.endswith("before, h1 did not answer")
+    assert reconcile("h1", seen, changes.written, {"h1": set()}).written == ()
+
+
+def test_a_lost_guest_that_runs_elsewhere_belongs_there() -> None:
+    changes = reconcile("h2", [domain()], [lost(certain=True)], {"h1": set(), "h2": {UUID}})
+
+    assert changes.written[0].owner == place("h2")
+    assert not changes.written[0].HasField("loss")

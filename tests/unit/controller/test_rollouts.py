@@ -12,7 +12,7 @@ from leading import Lead
 from records import domain
 
 from handoff.agent.v1.host_pb2 import Emulator, Host, Slot
-from handoff.agent.v1.qemu_pb2 import Handoff, HandoffState, SourceGuest, TransferMethod
+from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState, SourceGuest, TransferMethod
 from handoff.agent.v1.types_pb2 import Domain, DomainState, Fence
 from handoff.controller.v1.rollouts_pb2 import CreateRolloutRequest, Rollout
 from handoff_common.errors import InvalidArgumentError, NotFoundError, PreconditionError
@@ -52,7 +52,14 @@ class UpgradingAgent(InstantAgent):
         )
 
     async def prepare_source(
-        self, fence: Fence, migration_id: str, domain_uuid: str, *, validate_only: bool = False, local: bool = False
+        self,
+        fence: Fence,
+        migration_id: str,
+        domain_uuid: str,
+        *,
+        validate_only: bool = False,
+        local: bool = False,
+        disks: object = (),
     ) -> SourceGuest:
         if domain_uuid.removeprefix("uuid-") in self.refuses:
             raise PreconditionError("it uses a device of this host; detach it")
@@ -69,6 +76,7 @@ class UpgradingAgent(InstantAgent):
         method: TransferMethod.ValueType = TransferMethod.TRANSFER_METHOD_TCP,
         emulator: str = "",
         fast: bool = False,
+        bandwidth_bytes_per_s: int = 0,
     ) -> Handoff:
         if guest.domain.name in self.fails and not validate_only:
             raise PreconditionError("its QEMU ended")
@@ -83,7 +91,9 @@ class UpgradingAgent(InstantAgent):
         return handoff
 
     async def release_source(self, fence: Fence, migration_id: str, *, keep_disks: bool = False) -> Handoff:
-        return await self._do("release_source", migration_id, HandoffState.HANDOFF_STATE_RELEASED)
+        return await self._do(
+            "release_source", migration_id, HandoffRole.HANDOFF_ROLE_SOURCE, HandoffState.HANDOFF_STATE_RELEASED
+        )
 
     def begun(self) -> list[str]:
         """Ids of the upgrades that were begun, in order."""

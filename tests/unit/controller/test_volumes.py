@@ -19,7 +19,7 @@ from handoff.storage.v1 import access_pb2 as pb
 from handoff.storage.v1 import access_pb2_grpc
 from handoff_common.errors import DeadlineError, NotFoundError, PreconditionError, UnavailableError
 from handoff_common.server import Context, Server
-from handoff_controller import driver
+from handoff_controller import volume_steps
 from handoff_controller.agents import Agents
 from handoff_controller.conductor import Conductor
 from handoff_controller.etcd.client import EtcdClient
@@ -28,7 +28,7 @@ from handoff_controller.settings import ControllerSettings, EtcdSettings, Volume
 from handoff_controller.store import Reader
 from handoff_controller.volumes import Volumes, check_unchanged, network_volumes
 
-WEB = pb.Volume(protocol="nbd", name="web", servers=["10.40.0.100:10809"])
+WEB = pb.Volume(protocol="nbd", name="web", servers=["10.50.0.100:10809"])
 NETWORK = DiskPlacement.DISK_PLACEMENT_NETWORK
 
 
@@ -213,8 +213,8 @@ async def test_an_abort_takes_it_back(site: Site, lead: Lead) -> None:
 
 
 async def test_without_the_grant_nothing_is_prepared(site: Site, lead: Lead, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(driver.PATIENCE_S, State.PREPARING, 0.3)
-    monkeypatch.setitem(driver.PATIENCE_S, State.FINISHING, 0.3)
+    monkeypatch.setattr(volume_steps, "GRANT_PATIENCE_S", 0.3)
+    monkeypatch.setattr(volume_steps, "REVOKE_PATIENCE_S", 0.3)
     site.broken.touch()
     async with site.led(lead) as conductor:
         await conductor.create(MOVE)
@@ -227,7 +227,7 @@ async def test_without_the_grant_nothing_is_prepared(site: Site, lead: Lead, mon
 
 
 async def test_a_grant_that_stays_is_a_warning(site: Site, lead: Lead, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(driver.PATIENCE_S, State.FINISHING, 0.3)
+    monkeypatch.setattr(volume_steps, "REVOKE_PATIENCE_S", 0.3)
     async with site.led(lead) as conductor:
         await conductor.create(MOVE)
         await until(lambda: _called(site.h1, "start_transfer"), 10)

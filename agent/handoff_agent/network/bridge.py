@@ -1,0 +1,188 @@
+"""Keeps our flows in one bridge: connects again when the switch was restarted, and puts right what is missing.
+
+Flows are known by their cookies, which are digests of them: what the switch has is compared without reading it.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final, Protocol, TypeAlias
+
+import structlog
+
+from handoff_agent.network.connection import OpenFlowConnection
+from handoff_agent.network.flow import Flow, Output, SetField
+from handoff_agent.network.openflow import PortDescription, cookie
+from handoff_common.errors import HandoffError, PreconditionError, UnavailableError
+
+log = structlog.get_logger()
+
+RECONNECT_S: Final = 0.1
+CHECK_EVERY_S: Final = 10.0
+
+Flows: TypeAlias = Mapping[int, frozenset[Flow]]
+"""By tenant; 0 for what all of them share."""
+
+
+class Wishes(Protocol):
+    """Says what the bridge shall have."""
+
+    async def look(self) -> None:
+        """The bridge's ports have changed, or it is time to look again."""
+
+    def wanted(self, tunnels: Iterable[int] | None = None) -> Flows:
+        """The flows of these tenants; of all, and what they share, without an argument."""
+
+
+class Bridge:
+    """Our flows in a bridge. `run` it as a task."""
+
+    def __init__(self, path: Path, wishes: Wishes) -> None:
+        """`path`: the bridge's management socket."""
+        self.numbers: dict[str, int] = {}
+        """OpenFlow numbers of its ports, by name."""
+        self.connections = 0
+        """How often it was connected to."""
+        self.message = "not connected yet"
+        """Why it has not the flows that it should have; empty when it has them."""
+        self._path = path
+        self._wishes = wishes
+        self._connection: OpenFlowConnection | None = None
+        self._changed = asyncio.Event()
+        self._ports_changed: set[asyncio.Event] = set()
+        self._installed: dict[int, frozenset[Flow]] = {}
+        self._lock = asyncio.Lock()
+
+    @property
+    def connected(self) -> bool:
+        """There is a connection, and the flows have been compared."""
+        return self._connection is not None
+
+    @property
+    def flows(self) -> int:
+        """How many flows of ours the bridge has."""
+        return sum(map(len, self._installed.values()))
+
+    def tenants(self) -> set[int]:
+        """Whose flows it has."""
+        return set(self._installed)
+
+    @contextlib.contextmanager
+    def port_changes(self) -> Iterator[asyncio.Event]:
+        """An event that is set whenever a port comes, changes or goes."""
+        event = asyncio.Event()
+        self._ports_changed.add(event)
+        try:
+            yield event
+        finally:
+            self._ports_changed.discard(event)
+
+    async def run(self) -> None:
+        """Keeps the bridge as it is wished, for ever."""
+        while True:
+            try:
+                await self._serve()
+            except HandoffError as error:
+                self._note(error.message)
+            await asyncio.sleep(RECONNECT_S)
+
+    async def put(self, tunnels: Iterable[int]) -> None:
+        """Brings these tenants' flows to what is wished, at once for every packet.
+
+        Raises UnavailableError without a connection, and as OpenFlowConnection.apply does.
+        """
+        async with self._lock:
+            if self._connection is None:
+                raise UnavailableError(f"no connection to the bridge at {self._path}: {self.message}")
+            await self._put(self._connection, self._wishes.wanted(tunnels))
+
+    def send(self, actions: Sequence[SetField | Output], frame: bytes) -> None:
+        """Sends a frame of our own, if there is a connection."""
+        if self._connection is not None:
+            self._connection.send(actions, frame)
+
+    async def _put(self, connection: OpenFlowConnection, wanted: Flows) -> None:
+        before = _all(self._installed.get(tunnel, frozenset()) for tunnel in wanted)
+        after = _all(wanted.values())
+        added, removed = after - before, before - after
+        if added or removed:
+            await connection.apply(tuple(added), [cookie(flow) for flow in removed])
+        self._installed.update(wanted)
+
+    async def _serve(self) -> None:
+        connection = await OpenFlowConnection.open(self._path, self._on_port)
+        reading = asyncio.create_task(connection.run(), name="openflow")
+        try:
+            self.numbers = {port.name: port.number for port in await connection.ports()}
+            self.connections += 1
+            await self._wishes.look()
+            async with self._lock:
+                await self._compare(connection)
+                self._connection = connection
+            log.info("bridge connected", bridge=str(self._path), flows=self.flows)
+            while not reading.done():
+                await self._follow(connection, reading)
+            raise UnavailableError(f"the connection to the bridge at {self._path} was lost")
+        finally:
+            self._connection = None
+            reading.cancel()
+            await asyncio.wait({reading})
+
+    async def _follow(self, connection: OpenFlowConnection, reading: asyncio.Task[None]) -> None:
+        """Waits for a change, or until it is time to compare, and does what follows."""
+        changed = asyncio.create_task(self._changed.wait())
+        try:
+            await asyncio.wait({changed, reading}, timeout=CHECK_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+            is_change = changed.done()
+        finally:
+            changed.cancel()
+        if reading.done():
+            return
+        self._changed.clear()
+        await self._wishes.look()
+        async with self._lock:
+            try:
+                if is_change:
+                    await self._put(connection, self._wishes.wanted())
+                else:
+                    await self._compare(connection)
+                self.message = ""
+            except PreconditionError as error:
+                self._note(error.message)
+
+    async def _compare(self, connection: OpenFlowConnection) -> None:
+        """Asks the bridge for what it has, and puts right what differs."""
+        there = await connection.flow_cookies()
+        wanted = self._wishes.wanted()
+        flows = {cookie(flow): flow for flow in _all(wanted.values())}
+        missing = [flow for number, flow in flows.items() if number not in there]
+        surplus = [number for number in there if number not in flows]
+        if missing or surplus:
+            log.info("flows put right", missing=len(missing), surplus=len(surplus))
+            await connection.apply(missing, surplus)
+        self._installed = dict(wanted)
+        self.message = ""
+
+    def _on_port(self, present: bool, port: PortDescription) -> None:
+        if present:
+            self.numbers[port.name] = port.number
+        else:
+            self.numbers.pop(port.name, None)
+        self.look_again()
+        for event in self._ports_changed:
+            event.set()
+
+    def look_again(self) -> None:
+        """Makes `run` look, and put right what has changed."""
+        self._changed.set()
+
+    def _note(self, message: str) -> None:
+        if message != self.message:
+            self.message = message
+            log.warning("bridge", bridge=str(self._path), error=message)
+
+
+def _all(parts: Iterable[frozenset[Flow]]) -> frozenset[Flow]:
+    nothing: frozenset[Flow] = frozenset()
+    return nothing.union(*parts)

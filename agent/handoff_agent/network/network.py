@@ -1,0 +1,379 @@
+"""The tenants' networks on this host: what the leader told, what handoffs make of it, and which taps there are.
+
+Everything that changes this knowledge ends in the bridge. A change that makes a guest reachable, or keeps frames from
+one that is paused, waits for the bridge and fails without it; one that takes something away is kept, and done when the
+bridge is there again.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, TypeVar
+
+import structlog
+
+from handoff_agent.network import plumbing
+from handoff_agent.network.bridge import Bridge, Flows
+from handoff_agent.network.flow import Output
+from handoff_agent.network.knowledge import Moves, Store, Told
+from handoff_agent.network.pipeline import NOBODYS_FRAME, Port, Tap, Tunnel, common_flows, scout, tenant_flows
+from handoff_agent.network.treatment import HERE, Attachment, Key, Situation, names, treat
+from handoff_agent.ovs_ports import GuestPort, OvsPorts
+from handoff_agent.settings import NetworkSettings
+from handoff_common.errors import DeadlineError, HandoffError, PreconditionError
+
+log = structlog.get_logger()
+
+TAPS_TIMEOUT_S: Final = 5.0
+_COMMON: Final = 0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PortNow:
+    """A port as it is treated now, for people."""
+
+    attachment: Attachment
+    interface: str
+    ofport: int
+    comes: bool
+    leaves: bool
+    goes_to: str
+
+
+class Network:
+    """Use it on the asyncio loop only; `run` it as a task."""
+
+    def __init__(self, settings: NetworkSettings, database: str, ovs_ports: OvsPorts, store: Store) -> None:
+        """`database`: Open vSwitch's, as ovs-vsctl names it."""
+        self.settings = settings
+        self.told = Told()
+        self._database = database
+        self._ovs_ports = ovs_ports
+        self._store = store
+        self._disk = ThreadPoolExecutor(1, "network")
+        self._tenants: dict[int, dict[Key, Attachment]] = {}
+        self._guests: dict[str, tuple[Attachment, ...]] = {}
+        self._coming: dict[str, tuple[Attachment, ...]] = {}
+        self._leaving: dict[str, str] = {}
+        self._taps: dict[Key, str] = {}
+        self._new_taps: dict[Key, str] = {}
+        self._kept_from_flooding: dict[str, tuple[int, int]] = {}
+        self.bridge = Bridge(settings.management_socket(), self)
+
+    async def open(self) -> None:
+        """Reads what was kept."""
+        self.told, moves = await self._on_disk(self._store.load)
+        self._coming, self._leaving = dict(moves.coming), dict(moves.leaving)
+        self._taps = {_parse_key(text): name for text, name in moves.taps.items()}
+        self._index()
+
+    async def run(self) -> None:
+        """Keeps the bridge as it should be, for ever."""
+        await self.bridge.run()
+
+    async def close(self) -> None:
+        """Takes no more; what was begun to be written is."""
+        await asyncio.get_running_loop().run_in_executor(None, partial(self._disk.shutdown, wait=True))
+
+    # What the leader tells.
+
+    async def tell(self, told: Told) -> bool:
+        """Keeps the leader's word, and tells whether the bridge has it. PreconditionError for what is not the newest.
+
+        A guest that comes is here once the leader says so.
+        """
+        if (told.term, told.generation) < (self.told.term, self.told.generation):
+            raise PreconditionError(
+                f"generation {told.generation} of term {told.term} is over: generation {self.told.generation} of term"
+                f" {self.told.term} has been told"
+            )
+        if told != self.told:
+            await self._on_disk(partial(self._store.save_told, told))
+        before = set(self._tenants)
+        self.told = told
+        here = {each.domain_uuid for each in told.attachments if each.location == HERE}
+        for uuid in here & set(self._coming):
+            if not self._is_upgrade(uuid):
+                del self._coming[uuid]
+        self._index()
+        await self.look()
+        return await self._put_if_there(before | set(self._tenants))
+
+    # What handoffs tell. Guests of which nobody told have no ports: nothing happens for them.
+
+    async def expect(self, uuid: str, ports: Sequence[Attachment]) -> None:
+        """A guest comes, and its taps are plugged: frames that its source sends on will wait in them.
+
+        Each gets a frame that is nobody's first: of a guest that does not run yet, QEMU reads one frame, and loses it
+        when the guest runs. Raises DeadlineError when they don't appear on the bridge, UnavailableError without a
+        bridge.
+        """
+        if not ports:
+            return
+        self._coming[uuid] = tuple(ports)
+        self._index()
+        try:
+            async with asyncio.timeout(TAPS_TIMEOUT_S):
+                await self._wait_for_taps(uuid, ports)
+        except TimeoutError:
+            missing = ", ".join(each.key.mac for each in ports if self._new_tap(each.key) is None)
+            raise DeadlineError(
+                f"guest {ports[0].name}: its interface {missing} has not appeared on bridge {self.settings.bridge}"
+                f" within {TAPS_TIMEOUT_S:g} s: {self.bridge.message or 'is it plugged in elsewhere?'}"
+            ) from None
+        await self.bridge.put({each.key.tunnel for each in ports})
+        tunnels = {each.key.tunnel for each in ports}
+        neighbours = (each.location for tunnel in tunnels for each in self._tenants[tunnel].values())
+        self.explore(uuid, neighbours)
+        for each in ports:
+            if (tap := self._new_tap(each.key)) is not None:
+                self.bridge.send((Output(tap.ofport),), NOBODYS_FRAME)
+
+    def explore(self, uuid: str, addresses: Iterable[str]) -> None:
+        """Sends something nobody takes to these tunnel endpoints, so that the first frame of the guest that goes there
+        does not wait for, or get lost in, the look for their MAC addresses.
+        """
+        tunnel_port = self.bridge.numbers.get(self.settings.tunnel_port)
+        if tunnel_port is None:
+            return
+        for tunnel in self._tunnels_of(uuid):
+            for address in sorted(set(addresses) - {HERE}):
+                self.bridge.send(scout(tunnel, address, tunnel_port), NOBODYS_FRAME)
+
+    async def redirect(self, uuid: str, destination: str) -> None:
+        """A guest is about to be paused here: from now on its frames go to the tunnel endpoint of its destination.
+
+        `destination`: HERE when it only changes its slot. Raises as Bridge.put does.
+        """
+        self._leaving[uuid] = destination
+        began = time.monotonic()
+        await self.bridge.put(self._tunnels_of(uuid))
+        log.info(
+            "frames go on", guest=uuid, to=destination or "its new tap", ms=round(1000 * (time.monotonic() - began), 1)
+        )
+
+    async def leave(self, uuid: str, destination: str) -> None:
+        """It is paused; as `redirect`, and known to the agent's next life, too."""
+        await self.redirect(uuid, destination)
+        await self._save_moves()
+
+    async def stay(self, uuid: str) -> None:
+        """It runs here again: its frames are its own again."""
+        if self._leaving.pop(uuid, None) is not None:
+            await self._settle(uuid)
+
+    async def gone(self, uuid: str) -> None:
+        """Its copy that was paused here is destroyed."""
+        if self._is_upgrade(uuid):
+            self._take_over(uuid)
+        else:
+            self._forget_coming(uuid)
+        self._leaving.pop(uuid, None)
+        await self._settle(uuid)
+
+    async def settled(self, uuid: str) -> None:
+        """A guest that came runs here, and stays. One from another host becomes ours by the leader's word."""
+        if self._is_upgrade(uuid):
+            self._take_over(uuid)
+            await self._settle(uuid)
+
+    async def not_coming(self, uuid: str) -> None:
+        """A guest that was to come does not."""
+        if uuid in self._coming:
+            self._forget_coming(uuid)
+            await self._settle(uuid)
+
+    # What the bridge asks.
+
+    async def look(self) -> None:
+        """Finds the taps of the ports that are here."""
+        if self.settings.tunnel_port not in self.bridge.numbers:
+            await self._make_tunnel_port()
+        try:
+            await self._find_taps()
+        except HandoffError as error:
+            log.warning("taps are as they were last seen", error=error.message)
+        await self._keep_from_flooding()
+
+    def wanted(self, tunnels: Iterable[int] | None = None) -> Flows:
+        """The flows that the bridge should have."""
+        tunnel_port = self.bridge.numbers.get(self.settings.tunnel_port)
+        chosen = self._tenants if tunnels is None else {tunnel: self._tenants.get(tunnel, {}) for tunnel in tunnels}
+        flows = {
+            tunnel: tenant_flows([self._treat(each) for _, each in sorted(ports.items())], tunnel_port)
+            for tunnel, ports in chosen.items()
+        }
+        if tunnels is None:
+            flows[_COMMON] = common_flows(tunnel_port)
+            # Of tenants that have gone.
+            return {**dict.fromkeys(self.bridge.tenants() - set(flows), frozenset()), **flows}
+        return flows
+
+    # What people ask.
+
+    def ports(self) -> list[PortNow]:
+        """All ports, by tenant and MAC."""
+        return [self._describe(each) for key, each in sorted(self._all().items())]
+
+    def _describe(self, attachment: Attachment) -> PortNow:
+        port = self._treat(attachment)
+        interface = self._new_taps.get(attachment.key) or self._taps.get(attachment.key, "")
+        by_number = {number: name for name, number in self.bridge.numbers.items()}
+        return PortNow(
+            attachment,
+            interface,
+            self.bridge.numbers.get(interface, 0),
+            attachment.domain_uuid in self._coming,
+            attachment.domain_uuid in self._leaving,
+            _place_name(port, by_number),
+        )
+
+    # How it is known.
+
+    def _all(self) -> dict[Key, Attachment]:
+        return {key: each for ports in self._tenants.values() for key, each in ports.items()}
+
+    def _index(self) -> None:
+        self._tenants = {}
+        guests: dict[str, list[Attachment]] = {}
+        told = {each.key for each in self.told.attachments}
+        untold = (each for ports in self._coming.values() for each in ports if each.key not in told)
+        for each in (*self.told.attachments, *untold):
+            self._tenants.setdefault(each.key.tunnel, {})[each.key] = each
+            if each.domain_uuid:
+                guests.setdefault(each.domain_uuid, []).append(each)
+        self._guests = {uuid: tuple(ports) for uuid, ports in guests.items()}
+
+    def _treat(self, attachment: Attachment) -> Port:
+        situation = Situation(
+            tap=self._tap(attachment.key),
+            new_tap=self._new_tap(attachment.key),
+            leaves_for=self._leaving.get(attachment.domain_uuid),
+        )
+        return treat(attachment, situation)
+
+    def _tap(self, key: Key) -> Tap | None:
+        number = self.bridge.numbers.get(self._taps.get(key, ""))
+        return None if number is None else Tap(number)
+
+    def _new_tap(self, key: Key) -> Tap | None:
+        number = self.bridge.numbers.get(self._new_taps.get(key, ""))
+        return None if number is None else Tap(number)
+
+    def _tunnels_of(self, uuid: str) -> set[int]:
+        return {each.key.tunnel for each in self._guests.get(uuid, ())}
+
+    def _is_upgrade(self, uuid: str) -> bool:
+        """A guest that comes, and has a tap here already."""
+        return uuid in self._coming and any(each.key in self._taps for each in self._coming[uuid])
+
+    def _take_over(self, uuid: str) -> None:
+        """The new taps are the guest's taps."""
+        for each in self._coming.pop(uuid, ()):
+            if each.key in self._new_taps:
+                self._taps[each.key] = self._new_taps.pop(each.key)
+
+    def _forget_coming(self, uuid: str) -> None:
+        for each in self._coming.pop(uuid, ()):
+            self._new_taps.pop(each.key, None)
+
+    async def _wait_for_taps(self, uuid: str, ports: Sequence[Attachment]) -> None:
+        with self.bridge.port_changes() as changed:
+            while True:
+                changed.clear()
+                await self.look()
+                if all(self._new_tap(each.key) is not None for each in ports):
+                    break
+                await changed.wait()
+        await self._save_moves()
+        for each in ports:
+            try:
+                await self._on_disk(partial(plumbing.lengthen_queue, self._new_taps[each.key]))
+            except OSError as error:
+                log.warning("a tap keeps its short queue", tap=self._new_taps[each.key], error=str(error))
+
+    async def _find_taps(self) -> None:
+        candidates: dict[tuple[str, str], list[GuestPort]] = {}
+        for port in await self._ovs_ports.read():
+            if port.bridge == self.settings.bridge and port.name in self.bridge.numbers:
+                candidates.setdefault((port.domain_uuid, port.mac), []).append(port)
+        taps: dict[Key, str] = {}
+        new_taps: dict[Key, str] = {}
+        for key, each in self._all().items():
+            found = sorted(candidates.get((each.domain_uuid, key.mac), ()), key=lambda port: port.ofport)
+            tap, new_tap = names(
+                each, [port.name for port in found], self._taps.get(key, ""), comes=each.domain_uuid in self._coming
+            )
+            taps.update({key: tap} if tap else {})
+            new_taps.update({key: new_tap} if new_tap else {})
+        changed = taps != self._taps
+        self._taps, self._new_taps = taps, new_taps
+        if changed:
+            await self._save_moves()
+
+    async def _make_tunnel_port(self) -> None:
+        settings = self.settings
+        try:
+            await plumbing.make_tunnel_port(
+                self._database, settings.bridge, settings.tunnel_port, settings.tunnel_address
+            )
+        except HandoffError as error:
+            log.warning("no port to the other hosts", error=error.message)
+
+    async def _keep_from_flooding(self) -> None:
+        """Once a port and connection: a switch that starts again has forgotten it."""
+        for name in {self.settings.tunnel_port, *self._taps.values(), *self._new_taps.values()}:
+            number = self.bridge.numbers.get(name)
+            if number is None or (mark := (self.bridge.connections, number)) == self._kept_from_flooding.get(name):
+                continue
+            try:
+                await plumbing.keep_from_flooding(self.settings.management_socket(), name)
+                self._kept_from_flooding[name] = mark
+            except HandoffError as error:
+                log.warning("the site's floods reach a tenant's port", port=name, error=error.message)
+
+    async def _settle(self, uuid: str) -> None:
+        tunnels = self._tunnels_of(uuid)
+        self._index()
+        await self._put_if_there(tunnels)
+        await self._save_moves()
+        self.bridge.look_again()
+
+    async def _put_if_there(self, tunnels: Iterable[int]) -> bool:
+        try:
+            await self.bridge.put(tunnels)
+        except HandoffError as error:
+            log.warning("the bridge is put right when it is there", error=error.message)
+            self.bridge.look_again()
+            return False
+        return True
+
+    async def _on_disk(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, work)
+
+    async def _save_moves(self) -> None:
+        taps = {f"{key.tunnel}/{key.mac}": name for key, name in self._taps.items()}
+        moves = Moves(dict(self._coming), dict(self._leaving), taps)
+        with contextlib.suppress(RuntimeError):  # the agent ends
+            await self._on_disk(partial(self._store.save_moves, moves))
+
+
+def _parse_key(text: str) -> Key:
+    tunnel, _, mac = text.partition("/")
+    return Key(int(tunnel), mac)
+
+
+def _place_name(port: Port, interfaces: Mapping[int, str]) -> str:
+    match port.place:
+        case Tap(ofport=number):
+            return interfaces.get(number, str(number))
+        case Tunnel(address=address):
+            return address
+        case None:
+            return "-"

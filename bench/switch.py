@@ -1,0 +1,391 @@
+"""`make bench-switch`: how long a guest is away when it moves, by itself and by its network, for four ways to make the
+frames follow it (see ways.py). In turns, so that all meet the same machine.
+
+Of each move are kept:
+
+    pause_ms          how far the guest's own clock fell behind, by the answers around the longest gap
+    stop_resume_ms    from STOP at the source to RESUME at the destination, by both QEMUs' own time stamps
+    host, gateway     a datagram every millisecond, from a third host and from outside of the fabric: the longest time
+                      without an answer, that less the pause, lost, duplicated, out of order, and answers that waited
+    ping, tcp         of the third host: pings every 10 ms, and a session that must not miss a byte
+    parts_ms          where the gap went
+
+The parts follow each other, from the last answer of the source to the first of the destination:
+
+    unheard           frames are sent on already, the guest still runs
+    stopping          STOP until QEMU was told to send the rest
+    last_memory       until the source's QEMU knows that the destination's has loaded everything (return path)
+    commit            the agent hears of it and tells the leader, who writes it into etcd
+    activation        the leader tells the destination's agent, and that QEMU, to run the guest
+    first_answer      RESUME until the first answer arrives at the third host
+"""
+
+import asyncio
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import grpc
+import grpc.aio
+from rich.console import Console
+from rich.table import Table
+
+from bench.pauses import PauseWatch, watch_pauses
+from bench.ways import Site, Way
+from handoff.controller.v1.guests_pb2 import GetGuestRequest
+from handoff.controller.v1.guests_pb2_grpc import GuestsServiceStub
+from handoff.controller.v1.migrations_pb2 import CreateMigrationRequest, Migration, WatchMigrationRequest
+from handoff.controller.v1.migrations_pb2_grpc import MigrationsServiceStub
+from handoff_common.channel import open_channel
+from handoff_controller.machine import FINAL, State, state_of
+from handoff_lab import gateway
+from handoff_lab.fleet import Fleet
+from handoff_lab.guest import Guests
+from handoff_lab.networks import RED, TENANT, network_named
+from handoff_lab.probe import PingProbe, TcpSession, UdpProbe, UdpResult
+from handoff_lab.state import DEFAULT_PREFIX, GuestRecord, Lab
+
+REPORT = Path("out/bench/switch.json")
+LAB = Path("/var/tmp/handoff-bench-sw")
+MEMORY_MIB = 128
+SOURCE, DESTINATION, OBSERVER = "h1", "h2", "h3"
+PING_EVERY_US = 10_000
+DEADLINE_S = 120.0
+# The quickest answers in this time before and after the gap tell the pause.
+BEFORE_S, AFTER_S = 0.6, 0.6
+SETTLE_S = 0.5
+MOST_GAP_MS, MOST_BESIDE_PAUSE_MS = 100.0, 10.0
+PARTS = ("unheard", "stopping", "last_memory", "commit", "activation", "first_answer")
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What one probe saw of a move."""
+
+    gap_ms: float
+    gap_less_pause_ms: float
+    sent: int
+    lost: int
+    duplicated: int
+    late: int
+    waited: int
+
+    @classmethod
+    def of(cls, seen: UdpResult, pause_ms: float) -> "View":
+        """Rounded."""
+        gap_ms = seen.longest_gap_ms
+        beside = round(gap_ms - pause_ms, 1)
+        return cls(round(gap_ms, 1), beside, seen.sent, seen.lost, seen.duplicated, seen.late, seen.waited)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One move."""
+
+    way: str
+    source: str
+    destination: str
+    total_ms: float
+    pause_ms: float
+    pause_inexact_ms: float
+    stop_resume_ms: float
+    host: View
+    gateway: View
+    ping: View
+    tcp_silence_ms: float
+    tcp_survived: bool
+    parts_ms: dict[str, float]
+    by_record_ms: dict[str, float]
+
+
+class Bench:
+    """Two guests that go back and forth: one in a network that the agents keep, one where the site does."""
+
+    def __init__(self, fleet: Fleet, guests: dict[Way, GuestRecord], channel: grpc.aio.Channel) -> None:
+        self._fleet = fleet
+        self._guests_of = guests
+        self._at = dict.fromkeys((guest.name for guest in guests.values()), SOURCE)
+        self._guests, self._migrations = GuestsServiceStub(channel), MigrationsServiceStub(channel)
+        self.readings: list[Reading] = []
+
+    async def run(self, ways: tuple[Way, ...], rounds: int, pauses: dict[str, PauseWatch]) -> None:
+        """One round more than that, which warms up."""
+        for number in range(rounds + 1):
+            for way in ways:
+                reading = await self._measure(way, pauses[self._guests_of[way].name])
+                click.echo(_line(reading) + ("  (warm-up, not counted)" if number == 0 else ""))
+                if number:
+                    self.readings.append(reading)
+
+    async def _measure(self, way: Way, pauses: PauseWatch) -> Reading:
+        guest = self._guests_of[way]
+        source = self._at[guest.name]
+        destination = DESTINATION if source == SOURCE else SOURCE
+        await self._settled(guest, source)
+        site = Site(self._fleet, guest)
+        await asyncio.to_thread(site.prepare, way, source, destination)
+        pauses.clear()
+        lab, observer, gw = self._fleet.lab, self._fleet.node(OBSERVER), self._fleet.node(gateway.NAME)
+        network = network_named(guest.network)
+        assert network is not None
+        interface = network.interface
+        async with (
+            UdpProbe(lab, observer, guest.ip, interface=interface) as from_host,
+            UdpProbe(lab, gw, guest.ip, interface=interface) as from_outside,
+            PingProbe(lab, observer, guest.ip, PING_EVERY_US, interface=interface) as ping,
+            TcpSession(observer, guest.ip, interface=interface) as tcp,
+        ):
+            await asyncio.sleep(BEFORE_S)
+            began = time.monotonic()
+            done = await self._move(guest, destination)
+            total_ms = 1000 * (time.monotonic() - began)
+            await asyncio.to_thread(site.follow, way, destination)
+            await asyncio.sleep(AFTER_S)
+            host_saw, gateway_saw, ping_saw = await asyncio.gather(from_host.stop(), from_outside.stop(), ping.stop())
+            tcp_saw = await tcp.close()
+        self._at[guest.name] = destination
+        ends = await asyncio.to_thread(pauses.ends, source, destination)
+        best = min((host_saw, gateway_saw), key=lambda seen: seen.inexact_ms or float("inf"))
+        return Reading(
+            way=way.value,
+            source=source,
+            destination=destination,
+            total_ms=round(total_ms, 1),
+            pause_ms=round(best.pause_ms, 1),
+            pause_inexact_ms=round(best.inexact_ms, 1),
+            stop_resume_ms=round(1000 * (ends[1] - ends[0]), 1),
+            host=View.of(host_saw, best.pause_ms),
+            gateway=View.of(gateway_saw, best.pause_ms),
+            ping=View.of(ping_saw, best.pause_ms),
+            tcp_silence_ms=round(tcp_saw.longest_silence_ms, 1),
+            tcp_survived=tcp_saw.survived,
+            parts_ms=_parts(host_saw, ends, pauses, source, done),
+            by_record_ms={
+                "paused_to_held": round(done.outcome.paused_to_held_ms, 1),
+                "held_to_committed": round(done.outcome.held_to_committed_ms, 1),
+                "committed_to_running": round(done.outcome.committed_to_running_ms, 1),
+            },
+        )
+
+    async def _move(self, guest: GuestRecord, destination: str) -> Migration:
+        request = CreateMigrationRequest(guest=guest.name, destination_host=destination)
+        migration = (await self._migrations.CreateMigration(request, timeout=DEADLINE_S)).migration
+        async with aclosing(self._updates(migration.id)) as updates:
+            async for update in updates:
+                migration = update
+        if state_of(migration) is not State.DONE:
+            raise click.ClickException(f"{migration.id} ended {state_of(migration).name}: {migration.error}")
+        return migration
+
+    async def _updates(self, migration_id: str) -> AsyncGenerator[Migration, None]:
+        call = self._migrations.WatchMigration(WatchMigrationRequest(id=migration_id), timeout=DEADLINE_S)
+        try:
+            async for update in call:
+                yield update.migration
+                if state_of(update.migration) in FINAL:
+                    return
+        finally:
+            call.cancel()
+
+    async def _settled(self, guest: GuestRecord, host: str) -> None:
+        """Waits until the controller knows that the guest is there, and the machine is quiet again."""
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                if await self._is_at(guest, host):
+                    break
+                await asyncio.sleep(0.1)
+        await asyncio.sleep(SETTLE_S)
+
+    async def _is_at(self, guest: GuestRecord, host: str) -> bool:
+        try:
+            known = (await self._guests.GetGuest(GetGuestRequest(guest=guest.uuid), timeout=5)).guest
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
+            return False
+        return known.owner.host == host and not known.active_migration and not known.conflicts
+
+
+def _parts(
+    seen: UdpResult, ends: tuple[float, float], pauses: PauseWatch, source: str, done: Migration
+) -> dict[str, float]:
+    """See above; empty where something was not announced, as by a QEMU that is too old."""
+    stopped_s, resumed_s = ends
+    told_s, sent_s = pauses.last(source, "MIGRATION device"), pauses.last(source, "MIGRATION completed")
+    committed = next((change.time for change in done.timeline if change.state == State.COMMITTED.value), None)
+    if told_s is None or sent_s is None or committed is None:
+        return {}
+    gap = seen.longest_gap
+    moments = (
+        *(gap.began_at_s, stopped_s, told_s, sent_s, committed.ToNanoseconds() / 1e9, resumed_s),
+        gap.began_at_s + gap.length_ms / 1000,
+    )
+    return {name: round(1000 * (end - begin), 1) for name, (begin, end) in zip(PARTS, pairwise(moments), strict=True)}
+
+
+def _line(reading: Reading) -> str:
+    def view(name: str, seen: View) -> str:
+        return f"{name} {seen.gap_ms:6.1f} ms, lost {seen.lost}, twice {seen.duplicated}"
+
+    return (
+        f"{reading.way:9} {reading.source}→{reading.destination} pause {reading.pause_ms:6.1f}"
+        f" ±{reading.pause_inexact_ms:.1f} (STOP to RESUME {reading.stop_resume_ms:6.1f});"
+        f" {view('third host', reading.host)}; {view('gateway', reading.gateway)}"
+    )
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, 95th percentile (nearest rank) and maximum."""
+    ordered = sorted(values)
+    rank = -(-95 * len(ordered) // 100)
+    found = {"median": statistics.median(ordered), "p95": ordered[rank - 1], "max": ordered[-1]}
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+def summary(readings: list[Reading]) -> dict[str, object]:
+    """Of one way."""
+
+    def figures(views: list[View]) -> dict[str, object]:
+        return {
+            "gap_ms": spread([view.gap_ms for view in views]),
+            "gap_less_pause_ms": spread([view.gap_less_pause_ms for view in views]),
+            "lost": spread([view.lost for view in views]),
+            "duplicated": spread([view.duplicated for view in views]),
+            "late": spread([view.late for view in views]),
+            "waited": spread([view.waited for view in views]),
+        }
+
+    told = [reading.parts_ms for reading in readings if reading.parts_ms]
+    return {
+        "moves": len(readings),
+        "pause_ms": spread([reading.pause_ms for reading in readings]),
+        "stop_resume_ms": spread([reading.stop_resume_ms for reading in readings]),
+        "total_ms": spread([reading.total_ms for reading in readings]),
+        "third_host": figures([reading.host for reading in readings]),
+        "gateway": figures([reading.gateway for reading in readings]),
+        "ping": figures([reading.ping for reading in readings]),
+        "tcp_silence_ms": spread([reading.tcp_silence_ms for reading in readings]),
+        "tcp_survived": sum(reading.tcp_survived for reading in readings),
+        "parts_ms": {name: spread([parts[name] for parts in told]) for name in PARTS} if told else {},
+        "by_record_ms": {
+            name: spread([reading.by_record_ms[name] for reading in readings]) for name in readings[0].by_record_ms
+        },
+    }
+
+
+def targets(ours: list[Reading]) -> dict[str, bool]:
+    """Whether our way is what was asked for."""
+    met = {}
+    for name, views in (
+        ("third host", [reading.host for reading in ours]),
+        ("gateway", [reading.gateway for reading in ours]),
+    ):
+        beside = statistics.median(view.gap_less_pause_ms for view in views)
+        gap = statistics.median(view.gap_ms for view in views)
+        met[f"{name}: gap less pause ≤ {MOST_BESIDE_PAUSE_MS:g} ms at the median"] = beside <= MOST_BESIDE_PAUSE_MS
+        met[f"{name}: gap < {MOST_GAP_MS:g} ms at the median"] = gap < MOST_GAP_MS
+        met[f"{name}: no frame twice"] = not any(view.duplicated for view in views)
+        met[f"{name}: no frame lost"] = not any(view.lost for view in views)
+    met["every TCP session survived"] = all(reading.tcp_survived for reading in ours)
+    return met
+
+
+def tables(by_way: dict[str, list[Reading]]) -> list[Table]:
+    """For people: median / p95 / max."""
+
+    def cell(values: list[float], digits: int = 1) -> str:
+        return " / ".join(f"{value:.{digits}f}" for value in spread(values).values())
+
+    gaps = Table("way", "guest's pause", box=None, title="ms: median / p95 / max", title_justify="left")
+    for column in ("gap, third host", "less pause", "gap, gateway", "less pause"):
+        gaps.add_column(column, justify="right")
+    packets = Table("way", box=None, title="datagrams a move: median / p95 / max", title_justify="left")
+    for column in ("lost, third host", "lost, gateway", "twice, third host", "twice, gateway", "TCP sessions kept"):
+        packets.add_column(column, justify="right")
+    parts = Table("way", *PARTS, box=None, title="where the gap went, ms: median / p95", title_justify="left")
+    for way, readings in by_way.items():
+        gaps.add_row(
+            way,
+            cell([reading.pause_ms for reading in readings]),
+            cell([reading.host.gap_ms for reading in readings]),
+            cell([reading.host.gap_less_pause_ms for reading in readings]),
+            cell([reading.gateway.gap_ms for reading in readings]),
+            cell([reading.gateway.gap_less_pause_ms for reading in readings]),
+        )
+        packets.add_row(
+            way,
+            cell([reading.host.lost for reading in readings], 0),
+            cell([reading.gateway.lost for reading in readings], 0),
+            cell([reading.host.duplicated for reading in readings], 0),
+            cell([reading.gateway.duplicated for reading in readings], 0),
+            f"{sum(reading.tcp_survived for reading in readings)} of {len(readings)}",
+        )
+        told = [reading.parts_ms for reading in readings if reading.parts_ms]
+        if told:
+            spreads = [spread([each[name] for each in told]) for name in PARTS]
+            parts.add_row(way, *(f"{found['median']:.1f} / {found['p95']:.1f}" for found in spreads))
+    return [gaps, packets, parts]
+
+
+async def _run(fleet: Fleet, guests: dict[Way, GuestRecord], ways: tuple[Way, ...], rounds: int) -> list[Reading]:
+    sockets = {host: fleet.lab.libvirt_socket(host, "a") for host in (SOURCE, DESTINATION)}
+    managed, plain = guests[Way.REDIRECT].name, guests[Way.LEARNING].name
+    async with open_channel(f"unix:{fleet.lab.controller_socket('ctl1')}") as channel:
+        bench = Bench(fleet, guests, channel)
+        with watch_pauses(managed, sockets) as of_managed, watch_pauses(plain, sockets) as of_plain:
+            await bench.run(ways, rounds, {managed: of_managed, plain: of_plain})
+    return bench.readings
+
+
+@click.command()
+@click.option("--rounds", default=20, show_default=True, help="Moves of each way; one more warms up.")
+@click.option("--way", "names", type=click.Choice([way.value for way in Way]), multiple=True, help="[default: all]")
+def main(rounds: int, names: tuple[str, ...]) -> None:
+    """Compares ways in which the network follows a guest, in a lab of its own."""
+    ways = tuple(way for way in Way if not names or way.value in names)
+    lab = Lab(
+        Path(os.environ.get("HANDOFF_BENCH_DIR") or LAB), Path(os.environ.get("HANDOFF_PREFIX") or DEFAULT_PREFIX)
+    )
+    fleet = Fleet(lab)
+    try:
+        fleet.up(hosts=3, controllers=1, etcd=1)
+        create = Guests(fleet).create
+        managed = create("managed", SOURCE, MEMORY_MIB, network=RED.name)
+        plain = create("plain", SOURCE, MEMORY_MIB, network=TENANT.name)
+        guests = {way: managed if way is Way.REDIRECT else plain for way in Way}
+        readings = asyncio.run(_run(fleet, guests, ways, rounds))
+    finally:
+        fleet.down()
+    by_way = {way.value: [reading for reading in readings if reading.way == way.value] for way in ways}
+    met = targets(by_way[Way.REDIRECT.value]) if Way.REDIRECT in ways else {}
+    report = {
+        "summary": {way: summary(of_way) for way, of_way in by_way.items()},
+        "targets": met,
+        "load_average": os.getloadavg(),
+        "guest_memory_mib": MEMORY_MIB,
+        "each": [asdict(reading) for reading in readings],
+    }
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    REPORT.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    console = Console(width=200, highlight=False)
+    for table in tables(by_way):
+        console.print()
+        console.print(table)
+    console.print()
+    for target, is_met in met.items():
+        console.print(f"{'met   ' if is_met else 'MISSED'} {target}")
+    console.print(f"details in {REPORT}")
+
+
+if __name__ == "__main__":
+    if os.geteuid() != 0:
+        sys.exit("bench: the lab needs root")
+    main()

@@ -1,0 +1,152 @@
+"""What an operator decides for a migration that can't go on by itself, on its way from the RPC to the driver."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from handoff.agent.v1.qemu_pb2 import Handoff
+from handoff.controller.v1.migrations_pb2 import Migration, Recovery, RecoveryTarget
+from handoff_common.errors import HandoffError, InvalidArgumentError, PreconditionError, UnavailableError
+from handoff_controller.journey import Journey, StepFailed
+from handoff_controller.machine import CANCELLABLE, FINAL, State, state_of
+
+TO_SOURCE = RecoveryTarget.RECOVERY_TARGET_SOURCE
+TO_DESTINATION = RecoveryTarget.RECOVERY_TARGET_DESTINATION
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """As RecoverMigrationRequest."""
+
+    target: "RecoveryTarget.ValueType"
+    by: str
+    fenced_host: str = ""
+    accept_loss: bool = False
+
+    def recovery(self, *, fenced_host: str = "", how: str = "") -> Recovery:
+        """As the record keeps it."""
+        made = Recovery(target=self.target, by=self.by, fenced_host=fenced_host, how=how)
+        made.time.FromDatetime(datetime.now(UTC))
+        return made
+
+
+def is_taken(migration: Migration, decision: Decision) -> bool:
+    """Whether the record follows this decision already. Pure."""
+    if migration.recovery.target != decision.target:
+        return False
+    state = state_of(migration)
+    if decision.target == TO_DESTINATION:
+        return state in (State.FINISHING, State.DONE)
+    # The second of two decisions: the source is given up as well.
+    gives_up = decision.fenced_host == migration.source.host and not migration.HasField("loss")
+    return state is State.ABORTED or (state is State.ABORTING and not gives_up)
+
+
+def check_decidable(migration: Migration, decision: Decision) -> None:
+    """Raises PreconditionError where there is nothing to decide. Pure."""
+    state, name = state_of(migration), f"migration {migration.id}"
+    if state in FINAL:
+        raise PreconditionError(f"{name} is {state.name} already")
+    if state in CANCELLABLE:
+        raise PreconditionError(
+            f"{name} is {state.name}: nothing is to be decided yet. It goes on, or is undone, by itself;"
+            f" `handoff cancel {migration.id}` undoes it now"
+        )
+    if state is State.FINISHING:
+        raise PreconditionError(
+            f"{name} is FINISHING: {migration.guest_name} has run on {migration.destination.host}, and the copy on"
+            f" {migration.source.host} is of the past. To bring it back, migrate it"
+        )
+    if decision.target not in (TO_SOURCE, TO_DESTINATION):
+        raise InvalidArgumentError("target: say whether the guest is to go on at the source or at the destination")
+
+
+class Asked:
+    """A decision whose caller waits to hear whether it is taken."""
+
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
+        self._verdict: asyncio.Future[HandoffError | None] = asyncio.get_running_loop().create_future()
+
+    def take(self) -> None:
+        """It is carried out, and in the record."""
+        if not self._verdict.done():
+            self._verdict.set_result(None)
+
+    def refuse(self, why: HandoffError) -> None:
+        """It is not, and changes nothing."""
+        if not self._verdict.done():
+            self._verdict.set_result(why)
+
+    async def verdict(self) -> None:
+        """Returns when it is taken. Raises what it was refused with."""
+        refusal = await asyncio.shield(self._verdict)
+        if refusal is not None:
+            raise refusal
+
+
+class Decisions:
+    """Those that wait to be looked at, and those that are carried out but not in the record yet."""
+
+    def __init__(self) -> None:
+        self._asked: asyncio.Queue[Asked] = asyncio.Queue()
+        self._accepted: list[Asked] = []
+
+    async def ask(self, decision: Decision) -> None:
+        """Puts a decision before the driver; returns when it is in the record. Raises what it is refused with."""
+        asked = Asked(decision)
+        self._asked.put_nowait(asked)
+        await asked.verdict()
+
+    async def next(self) -> Asked:
+        """Waits for one."""
+        return await self._asked.get()
+
+    def accept(self, asked: Asked) -> None:
+        """It is carried out; the next state of the record will say so."""
+        self._accepted.append(asked)
+
+    def recorded(self) -> None:
+        """The next state is in the record."""
+        for asked in self._accepted:
+            asked.take()
+        self._accepted.clear()
+
+    def close(self, migration: Migration) -> None:
+        """Nobody looks at them any more: the migration is final, or its driver has failed."""
+        while not self._asked.empty():
+            self._accepted.append(self._asked.get_nowait())
+        for asked in self._accepted:
+            asked.refuse(UnavailableError(f"migration {migration.id} has just gone on; look at it, and try again"))
+        self._accepted.clear()
+
+    async def answer_or_decision(
+        self, way: Journey, call: Callable[[], Awaitable[Handoff]] | None, patience_s: float
+    ) -> Handoff | Asked | str:
+        """An agent's answer, a decision that came first, or why there is no answer after `patience_s` seconds.
+
+        Without a call it waits for a decision.
+        """
+        asked = asyncio.create_task(self.next())
+        tasks: set[asyncio.Task[Handoff] | asyncio.Task[Asked]] = {asked}
+        answer: asyncio.Task[Handoff] | None = None
+        if call is not None:
+            answer = asyncio.create_task(_insist(way, call, patience_s))
+            tasks.add(answer)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if asked.done() or answer is None:
+                return asked.result()
+            try:
+                return answer.result()
+            except StepFailed as failure:
+                return str(failure)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _insist(way: Journey, call: Callable[[], Awaitable[Handoff]], patience_s: float) -> Handoff:
+    return await way.insist(call, patience_s, also_refusals=True)

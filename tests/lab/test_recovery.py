@@ -1,0 +1,127 @@
+"""How soon a guest runs again when the switch breaks, and what an operator may decide when it can't by itself."""
+
+import asyncio
+import os
+import signal
+import time
+
+import grpc
+import grpc.aio
+import pytest
+from moves import CALL_S, OBSERVER, Moves, Subject, qemu_on, story
+
+from handoff.agent.v1.qemu_pb2 import GetHandoffRequest, HandoffRole
+from handoff.agent.v1.qemu_pb2_grpc import QemuServiceStub
+from handoff.controller.v1.migrations_pb2 import Migration, RecoverMigrationRequest, RecoveryTarget
+from handoff_common.channel import open_channel
+from handoff_controller.etcd.lease import MIN_TTL_S
+from handoff_controller.machine import State, state_of
+from handoff_lab.fleet import Fleet
+from handoff_lab.guest import Guests
+from handoff_lab.node import wait_for
+from handoff_lab.probe import TcpSession, UdpProbe
+
+pytestmark = pytest.mark.lab
+
+PROBE_US = 5000
+ANSWERS_S = 0.3
+AFTER_A_DEATH_S = 1.0
+WITHOUT_A_LEADER_S = MIN_TTL_S + 2.0
+
+
+async def ran_again_s(probe: UdpProbe, since: float) -> float:
+    """Seconds from `since` (wall clock) until the guest answered again, after the silence that was then."""
+    await asyncio.sleep(ANSWERS_S)
+    gaps = (await probe.stop()).gaps
+    ends = [end for end in (gap.began_at_s + gap.length_ms / 1000 for gap in gaps) if end > since]
+    assert ends, f"the guest was never silent after {since}: {gaps}"
+    return max(ends) - since
+
+
+def gone_from(fleet: Fleet, host: str, guest: str) -> None:
+    """Waits until the host has nothing of the guest any more."""
+    found = Guests(fleet)
+    wait_for(lambda: all(seen.host != host for seen in found.find(guest)), 15, f"{guest} gone from {host}")
+
+
+async def recover(
+    moves: Moves, migration: Migration, target: "RecoveryTarget.ValueType", fenced: str = ""
+) -> Migration:
+    request = RecoverMigrationRequest(id=migration.id, target=target, fenced_host=fenced, by="operator@lab")
+    return (await moves.api().RecoverMigration(request, timeout=CALL_S)).migration
+
+
+async def test_the_source_runs_within_a_second_of_the_destinations_death_in_the_pause(
+    subject: Subject, fleet: Fleet
+) -> None:
+    here, there = await subject.host(), await subject.away()
+    async with UdpProbe(fleet.lab, fleet.node(OBSERVER), subject.record.ip, PROBE_US) as probe:
+        migration = await subject.moves.create(subject.name, there)
+        await subject.moves.reaches(migration.id, State.COPYING)
+        victim = await asyncio.to_thread(qemu_on, fleet, there, subject.name)
+        await subject.moves.reaches(migration.id, State.SWITCHING)
+        # The guest is paused, and what is left of it is not taken.
+        os.kill(victim, signal.SIGSTOP)
+        await asyncio.sleep(0.5)
+        died = time.time()
+        os.kill(victim, signal.SIGKILL)
+        migration = await subject.moves.ends(migration.id)
+        took_s = await ran_again_s(probe, died)
+    assert state_of(migration) is State.ABORTED, story(migration)
+    assert took_s < AFTER_A_DEATH_S, story(migration)
+    await subject.must_be_at(here)
+
+
+async def test_and_within_the_lease_and_two_seconds_when_the_leader_dies_too(subject: Subject, fleet: Fleet) -> None:
+    """Committed, not yet resumed: the next leader learns that the copy never ran, and takes the commit back."""
+    here, there = await subject.host(), await subject.away()
+    leader = await subject.moves.wait_leader()
+    watcher = next(name for name in subject.moves.controllers if name != leader.name)
+    controller, agent = fleet.daemon(leader.name, "controller"), fleet.daemon(there, "agent")
+    async with UdpProbe(fleet.lab, fleet.node(OBSERVER), subject.record.ip, PROBE_US) as probe:
+        migration = await subject.moves.create(subject.name, there, controller=watcher)
+        await subject.moves.reaches(migration.id, State.COPYING, watcher)
+        victim = await asyncio.to_thread(qemu_on, fleet, there, subject.name)
+        await subject.moves.reaches(migration.id, State.SWITCHING, watcher)
+        agent.signal(signal.SIGSTOP)
+        try:
+            await subject.moves.reaches(migration.id, State.COMMITTED, watcher)
+            died = time.time()
+            controller.signal(signal.SIGKILL)
+            os.kill(victim, signal.SIGKILL)
+        finally:
+            agent.signal(signal.SIGCONT)
+        migration = await subject.moves.ends(migration.id, watcher)
+        took_s = await ran_again_s(probe, died)
+    await asyncio.to_thread(fleet.up)
+    assert state_of(migration) is State.ABORTED, story(migration)
+    assert took_s < WITHOUT_A_LEADER_S, story(migration)
+    await subject.must_be_at(here)
+
+
+async def test_an_operator_takes_a_committed_guest_back(subject: Subject, fleet: Fleet) -> None:
+    """The destination is silent after the commit: the guest waits, held, for a word; its copy never runs."""
+    moves, here, there = subject.moves, await subject.host(), await subject.away()
+    agent = fleet.daemon(there, "agent")
+    async with TcpSession(fleet.node(OBSERVER), subject.record.ip) as session:
+        migration = await moves.create(subject.name, there)
+        await moves.reaches(migration.id, State.SWITCHING)
+        await asyncio.to_thread(agent.signal, signal.SIGKILL)
+        waiting = await moves.asks(migration.id)
+        assert state_of(waiting) is State.COMMITTED
+        assert f"--i-have-fenced {there}" in waiting.needs_decision
+        assert (await moves.guest(subject.name)).needs_decision == waiting.needs_decision
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await recover(moves, migration, RecoveryTarget.RECOVERY_TARGET_SOURCE)
+        assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        await recover(moves, migration, RecoveryTarget.RECOVERY_TARGET_SOURCE, fenced=there)
+        migration = await moves.ends(migration.id)
+        await asyncio.to_thread(agent.start)
+        assert state_of(migration) is State.ABORTED, story(migration)
+        assert "by the word of operator@lab" in migration.recovery.how
+        await asyncio.to_thread(gone_from, fleet, there, subject.name)
+        await subject.must_be_at(here)
+    assert session.result().survived, session.result()
+    async with open_channel(f"unix:{fleet.lab.agent_socket(there)}") as channel:
+        request = GetHandoffRequest(migration_id=migration.id, role=HandoffRole.HANDOFF_ROLE_DESTINATION)
+        assert (await QemuServiceStub(channel).GetHandoff(request, timeout=CALL_S)).handoff.never_ran

@@ -1,0 +1,228 @@
+"""Guests of tenants on the real fleet: who may reaches them, and no frame is lost or doubled as they move."""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from moves import CALL_S, OBSERVER, Moves, Subject, qemu_on, story
+from test_upgrade import upgrade
+
+from handoff.agent.v1.flow_pb2 import GetNetworkRequest, GetNetworkResponse, PortHandoff
+from handoff.agent.v1.flow_pb2_grpc import FlowServiceStub
+from handoff.controller.v1.migrations_pb2 import MigrationOptions
+from handoff_common.channel import open_channel
+from handoff_controller.machine import State, state_of
+from handoff_lab.fleet import Fleet
+from handoff_lab.gateway import NAME as GATEWAY
+from handoff_lab.guest import Guests
+from handoff_lab.netns import NetNamespace
+from handoff_lab.networks import BLUE, RED
+from handoff_lab.probe import ECHO_PORT, TcpSession, UdpProbe
+
+pytestmark = pytest.mark.lab
+
+OURS = "cookie=0x48ff000000000000/0xffff000000000000"
+SWITCH_DEADLINE_S = 1
+
+
+@pytest.fixture
+async def tenant(moves: Moves, guests: Guests) -> Subject:
+    """A guest of tenant red on h1."""
+    return await Subject.create(moves, "red-1", "h1", disks=(), network=RED.name)
+
+
+async def network_of(fleet: Fleet, host: str) -> GetNetworkResponse:
+    async with open_channel(f"unix:{fleet.lab.agent_socket(host)}") as channel:
+        answer: GetNetworkResponse = await FlowServiceStub(channel).GetNetwork(GetNetworkRequest(), timeout=CALL_S)
+        return answer
+
+
+async def place_on(fleet: Fleet, host: str, mac: str) -> tuple[str, int]:
+    """Where a host sends frames for a MAC of tenant red, and what a handoff makes of its port there."""
+    ports = (await network_of(fleet, host)).ports
+    [view] = [view for view in ports if (view.port.mac, view.port.tunnel) == (mac, RED.tunnel)]
+    return view.frames_go_to, view.handoff
+
+
+async def ovs(fleet: Fleet, host: str, *command: str) -> str:
+    return (await asyncio.to_thread(fleet.node(host).run, list(command))).stdout
+
+
+async def answers(fleet: Fleet, host: str, address: str, interface: str, source: str = "") -> bool:
+    """Whether the guest's echo answers one of ten datagrams that leave by an interface, from an address."""
+
+    def ask() -> bool:
+        with NetNamespace.of(fleet.node(host)) as network, network.socket(socket.SOCK_DGRAM) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+            if source:
+                client.bind((source, 0))
+            client.settimeout(0.1)
+            for _ in range(10):
+                try:
+                    client.sendto(bytes(24), (address, ECHO_PORT))
+                    client.recv(100)
+                except OSError:  # nothing came, or nobody answers for the address
+                    continue
+                return True
+            return False
+
+    return await asyncio.to_thread(ask)
+
+
+@asynccontextmanager
+async def probed(subject: Subject, *nodes: str) -> AsyncIterator[list[UdpProbe]]:
+    """Datagrams each millisecond, from all of these nodes."""
+    fleet = subject.fleet
+    probes = [UdpProbe(fleet.lab, fleet.node(node), subject.record.ip, interface=RED.interface) for node in nodes]
+    try:
+        for probe in probes:
+            await probe.__aenter__()
+        yield probes
+    finally:
+        for probe in probes:
+            await probe.stop()
+
+
+async def ended(subject: Subject, migration_id: str) -> None:
+    migration = await subject.moves.ends(migration_id)
+    assert state_of(migration) is State.DONE, story(migration)
+    assert list(migration.warnings) == []
+
+
+async def test_no_frame_is_lost_or_doubled_when_a_guest_moves(tenant: Subject, fleet: Fleet) -> None:
+    """There and back, and to the other slot; seen from another host, and from outside of the fleet."""
+    mac = tenant.record.mac
+    async with TcpSession(fleet.node(OBSERVER), tenant.record.ip) as session:
+        for destination in ("h2", "h1"):
+            async with probed(tenant, OBSERVER, GATEWAY) as probes:
+                await ended(tenant, (await tenant.moves.create(tenant.name, destination)).id)
+            must_be_whole(probes)
+            await tenant.must_be_at(destination)
+            away = "h1" if destination == "h2" else "h2"
+            assert await place_on(fleet, away, mac) == (f"10.21.0.{destination[1]}", 0)
+            assert await place_on(fleet, OBSERVER, mac) == (f"10.21.0.{destination[1]}", 0)
+            tap, handoff = await place_on(fleet, destination, mac)
+            assert tap.startswith("vnet")
+            assert handoff == PortHandoff.PORT_HANDOFF_UNSPECIFIED
+        async with probed(tenant, OBSERVER) as probes:
+            await ended(tenant, (await upgrade(tenant, "10.0-rebuilt")).id)
+        must_be_whole(probes)
+    assert session.result().survived, session.result()
+
+
+def must_be_whole(probes: list[UdpProbe]) -> None:
+    for result in map(UdpProbe.result, probes):
+        print(f"gap {result.longest_gap_ms:.0f} ms, {result.sent} sent, mean {result.mean_ms:.1f} ms")
+        assert (result.lost, result.duplicated) == (0, 0), result
+
+
+async def test_tenants_are_apart_and_nobody_is_somebody_else(
+    tenant: Subject, moves: Moves, guests: Guests, fleet: Fleet
+) -> None:
+    blue = await asyncio.to_thread(guests.create, "blue-1", "h1", 128, disks=(), network=BLUE.name)
+    address = tenant.record.ip
+    assert await answers(fleet, "h1", address, RED.interface)
+    assert await answers(fleet, OBSERVER, address, RED.interface)
+    assert await answers(fleet, GATEWAY, address, RED.interface)
+    assert await answers(fleet, OBSERVER, blue.ip, BLUE.interface)
+    for host in ("h1", OBSERVER, GATEWAY):
+        assert not await answers(fleet, host, address, BLUE.interface), f"{host} reached red from blue"
+        assert not await answers(fleet, host, blue.ip, RED.interface), f"{host} reached blue from red"
+    dropped = await forged(fleet, OBSERVER)
+    await ovs(fleet, OBSERVER, "ip", "address", "add", f"{RED.prefix}.77/32", "dev", RED.interface)
+    try:
+        assert not await answers(fleet, OBSERVER, address, RED.interface, source=f"{RED.prefix}.77")
+    finally:
+        await ovs(fleet, OBSERVER, "ip", "address", "del", f"{RED.prefix}.77/32", "dev", RED.interface)
+    assert await forged(fleet, OBSERVER) >= dropped + 10
+
+
+async def forged(fleet: Fleet, host: str) -> int:
+    """How many frames the guard has dropped."""
+    lines = await ovs(fleet, host, "ovs-ofctl", "-O", "OpenFlow14", "dump-flows", "br-int", f"table=200,{OURS}")
+    [last] = [line for line in lines.splitlines() if "priority=0 actions=drop" in line]
+    return int(last.partition("n_packets=")[2].partition(",")[0])
+
+
+async def test_an_agent_that_dies_cuts_nobody_off_and_a_switch_that_does_is_filled_again(
+    tenant: Subject, fleet: Fleet
+) -> None:
+    await ovs(fleet, "h1", "ovs-ofctl", "add-flow", "br-int", "table=0,priority=7,in_port=777,actions=drop")
+    agent = fleet.daemon("h1", "agent")
+    async with probed(tenant, OBSERVER) as probes:
+        await asyncio.to_thread(agent.signal, signal.SIGKILL)
+        await asyncio.sleep(0.5)
+        await asyncio.to_thread(agent.start)
+        await asyncio.sleep(0.5)
+    must_be_whole(probes)
+    flows = await ovs(fleet, "h1", "ovs-ofctl", "-O", "OpenFlow14", "dump-flows", "br-int")
+    assert "priority=7,in_port=777 actions=drop" in flows
+    before = flows.count("cookie=0x48ff")
+    async with probed(tenant, OBSERVER) as probes:
+        await asyncio.to_thread(fleet.daemon("h1", "ovs-vswitchd").signal, signal.SIGKILL)
+        await asyncio.to_thread(fleet.host("h1").restart, "ovs-vswitchd")
+        back = time.time()
+        async with asyncio.timeout(10):
+            while not await answers(fleet, OBSERVER, tenant.record.ip, RED.interface):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
+    outage = probes[0].result().longest_gap
+    after_s = outage.began_at_s + outage.length_ms / 1000 - back
+    print(f"traffic is back {after_s:.2f} s after the switch")
+    assert after_s < 2
+    flows = await ovs(fleet, "h1", "ovs-ofctl", "-O", "OpenFlow14", "dump-flows", "br-int", OURS)
+    assert flows.count("cookie=0x48ff") == before
+
+
+async def test_a_pause_that_is_broken_off_turns_the_frames_back(tenant: Subject, fleet: Fleet) -> None:
+    """The destination's QEMU hangs in the pause: the guest runs again at its source, with its frames."""
+    options = MigrationOptions(bandwidth_bytes_per_s=16 << 20)
+    options.switch_deadline.FromSeconds(SWITCH_DEADLINE_S)
+    async with probed(tenant, OBSERVER) as probes:
+        migration = await tenant.moves.create(tenant.name, "h2", options)
+        await tenant.moves.reaches(migration.id, State.COPYING)
+        victim = await asyncio.to_thread(qemu_on, fleet, "h2", tenant.name)
+        await tenant.moves.reaches(migration.id, State.SWITCHING)
+        os.kill(victim, signal.SIGSTOP)
+        migration = await tenant.moves.ends(migration.id)
+    assert state_of(migration) is State.ABORTED, story(migration)
+    await tenant.must_be_at("h1")
+    assert (await place_on(fleet, "h1", tenant.record.mac))[0].startswith("vnet")
+    assert await place_on(fleet, "h2", tenant.record.mac) == ("10.21.0.1", 0)
+    result = probes[0].result()
+    print(f"pause {migration.outcome.downtime_ms:.0f} ms, gap {result.longest_gap_ms:.0f} ms, lost {result.lost}")
+    assert result.duplicated == 0
+    assert result.longest_gap_ms < migration.outcome.downtime_ms + 300
+    # What went to the destination meanwhile is lost with it.
+    assert result.lost < result.longest_gap_ms + 100
+
+
+async def test_an_agent_that_dies_in_the_pause_finds_where_the_frames_have_to_go(tenant: Subject, fleet: Fleet) -> None:
+    """Held, and the leader is frozen: the frames wait at the destination, whatever becomes of the source's agent."""
+    leader = await tenant.moves.wait_leader()
+    controllers = [fleet.daemon(name, "controller") for name in tenant.moves.controllers]
+    agent = fleet.daemon("h1", "agent")
+    async with probed(tenant, OBSERVER) as probes:
+        migration = await tenant.moves.create(tenant.name, "h2", controller=leader.name)
+        await tenant.moves.reaches(migration.id, State.SWITCHING, leader.name)
+        for controller in controllers:
+            controller.signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(1)
+            agent.signal(signal.SIGKILL)
+            await asyncio.to_thread(agent.start)
+            place, handoff = await place_on(fleet, "h1", tenant.record.mac)
+        finally:
+            for controller in controllers:
+                controller.signal(signal.SIGCONT)
+        migration = await tenant.moves.ends(migration.id)
+    assert (place, handoff) == ("10.21.0.2", PortHandoff.PORT_HANDOFF_LEAVING)
+    await tenant.must_be_at("h2" if state_of(migration) is State.DONE else "h1")
+    result = probes[0].result()
+    print(story(migration), f"gap {result.longest_gap_ms:.0f} ms, lost {result.lost}")
+    assert result.duplicated == 0

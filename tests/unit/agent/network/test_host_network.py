@@ -1,0 +1,261 @@
+"""The network of one host, from what it is told and what moves, to the flows of a real switch."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+from dummy_switch import BRIDGE, DummySwitch
+
+from handoff_agent.network import bridge, network
+from handoff_agent.network.knowledge import Moves, Store, Told
+from handoff_agent.network.network import Network
+from handoff_agent.network.treatment import HERE, Attachment, Key
+from handoff_agent.ovs_ports import OvsPorts
+from handoff_agent.settings import NetworkSettings
+from handoff_common.errors import DeadlineError, PreconditionError, UnavailableError
+
+GUEST = Attachment(
+    Key(1001, "52:54:00:30:00:0a"), ("10.30.0.10",), domain_uuid="0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0", name="web"
+)
+PEER = Attachment(
+    Key(1001, "52:54:00:30:00:0b"), ("10.30.0.11",), location="10.21.0.2", domain_uuid="1" * 36, name="db"
+)
+ELSEWHERE = replace(GUEST, location="10.21.0.3")
+WAIT_S = 10.0
+
+
+@asynccontextmanager
+async def running(switch: DummySwitch, state: Path) -> AsyncIterator[Network]:
+    """One life of an agent's network."""
+    settings = NetworkSettings(tunnel_address=IPv4Address("10.21.0.1"), openflow=switch.management)
+    ports = OvsPorts(switch.database)
+    network = Network(settings, switch.database, ports, Store(state))
+    await network.open()
+    keeper = asyncio.create_task(network.run())
+    try:
+        await until(lambda: network.bridge.connected)
+        yield network
+    finally:
+        keeper.cancel()
+        await asyncio.wait({keeper})
+        await network.close()
+        ports.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110 - there is nothing to be told by
+            await asyncio.sleep(0.01)
+
+
+def told(*attachments: Attachment, generation: int = 1, term: int = 1) -> Told:
+    return Told(term, generation, attachments)
+
+
+def place_of(network: Network, attachment: Attachment = GUEST) -> str:
+    [port] = [port for port in network.ports() if port.attachment.key == attachment.key]
+    return port.goes_to
+
+
+def deliveries(switch: DummySwitch, attachment: Attachment = GUEST) -> dict[str, str]:
+    """What the switch does with frames to a MAC, by table."""
+    found = {}
+    for line in switch.flows():
+        if match := re.search(rf"table=(\d+),.*dl_dst={attachment.key.mac} actions=(.*)", line):
+            found[match[1]] = match[2]
+    return found
+
+
+def plug(switch: DummySwitch, name: str) -> None:
+    switch.plug(name, GUEST.domain_uuid, GUEST.key.mac)
+
+
+async def test_what_is_told_gets_into_the_switch_and_the_sites_own_stays(switch: DummySwitch, tmp_path: Path) -> None:
+    plug(switch, "vnet0")
+    switch.ofctl("add-flow", "table=0,priority=5,in_port=77,actions=drop")
+    async with running(switch, tmp_path) as here:
+        assert await here.tell(told(GUEST, PEER))
+        number = here.bridge.numbers["vnet0"]
+        assert deliveries(switch) == {"202": f"output:{number}", "203": f"output:{number}"}
+        assert deliveries(switch, PEER)["202"].startswith("set_field:10.21.0.2->tun_dst,output:")
+        assert await here.tell(told(generation=2))
+        assert deliveries(switch) == {}
+    assert any("priority=5,in_port=77 actions=drop" in line for line in switch.flows())
+
+
+async def test_a_tap_that_comes_later_is_found(switch: DummySwitch, tmp_path: Path) -> None:
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST, PEER))
+        assert deliveries(switch) == {}
+        plug(switch, "vnet0")
+        await until(lambda: "202" in deliveries(switch))
+        switch.unplug("vnet0")
+        await until(lambda: deliveries(switch) == {})
+
+
+async def test_a_new_life_of_the_agent_touches_no_flow_that_is_right(switch: DummySwitch, tmp_path: Path) -> None:
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST, PEER))
+        await here.leave(GUEST.domain_uuid, "10.21.0.2")
+    before, flows = ages(switch), switch.flows()
+    await asyncio.sleep(0.1)
+    async with running(switch, tmp_path) as here:
+        assert place_of(here) == "10.21.0.2"
+        assert switch.flows() == flows
+        assert all(age >= before[cookie] + 0.05 for cookie, age in ages(switch).items())
+        await here.stay(GUEST.domain_uuid)
+        assert place_of(here) == "vnet0"
+
+
+def ages(switch: DummySwitch) -> dict[str, float]:
+    dumped = switch.ofctl("--stats", "dump-flows")
+    return {cookie: float(age) for cookie, age in re.findall(r"cookie=(0x48ff\w+), duration=([\d.]+)s", dumped)}
+
+
+async def test_a_switch_that_was_restarted_gets_its_flows_back(switch: DummySwitch, tmp_path: Path) -> None:
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST, PEER))
+        flows = len(switch.flows("cookie=0x48ff000000000000/0xffff000000000000"))
+        switch.kill()
+        await until(lambda: not here.bridge.connected)
+        with pytest.raises(UnavailableError, match="no connection to the bridge"):
+            await here.leave(GUEST.domain_uuid, "10.21.0.2")
+        await here.stay(GUEST.domain_uuid)
+        assert not await here.tell(told(GUEST, PEER, generation=2))
+        switch.start()
+        await until(lambda: here.bridge.connected and here.bridge.flows == flows)
+        assert len(switch.flows("cookie=0x48ff000000000000/0xffff000000000000")) == flows
+
+
+async def test_a_flow_that_somebody_deleted_comes_back(
+    switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "CHECK_EVERY_S", 0.1)
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST))
+        before = switch.flows()
+        switch.ofctl("del-flows", "table=202")
+        switch.ofctl("add-flow", "table=202,cookie=0x48ff000000000001,priority=7,actions=drop")
+        await until(lambda: switch.flows() == before)
+
+
+async def test_a_guest_that_comes_is_served_from_its_taps_on(switch: DummySwitch, tmp_path: Path) -> None:
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(ELSEWHERE, PEER))
+        waiting = asyncio.create_task(here.expect(GUEST.domain_uuid, [GUEST]))
+        plug(switch, "vnet0")
+        await waiting
+        number = here.bridge.numbers["vnet0"]
+        assert deliveries(switch)["203"] == f"output:{number}"
+        assert deliveries(switch)["202"].startswith("set_field:10.21.0.3->tun_dst")
+        await here.settled(GUEST.domain_uuid)
+        assert place_of(here) == "10.21.0.3", "only the leader makes it ours"
+        await here.tell(told(GUEST, PEER, generation=2))
+        assert deliveries(switch) == {"202": f"output:{number}", "203": f"output:{number}"}
+
+
+async def test_a_guest_that_does_not_come_leaves_nothing(switch: DummySwitch, tmp_path: Path) -> None:
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        before = switch.flows()
+        await here.expect(GUEST.domain_uuid, [GUEST])
+        assert "203" in deliveries(switch), "the leader need not have told of it"
+        await here.not_coming(GUEST.domain_uuid)
+        assert switch.flows() == before
+        switch.unplug("vnet0")
+    assert Store(tmp_path).load() == (Told(), Moves())
+
+
+async def test_a_guest_whose_tap_does_not_appear_is_refused(
+    switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "TAPS_TIMEOUT_S", 0.3)
+    async with running(switch, tmp_path) as here:
+        with pytest.raises(DeadlineError, match=f"guest web: its interface {GUEST.key.mac} has not appeared"):
+            await here.expect(GUEST.domain_uuid, [GUEST])
+
+
+async def test_a_guest_that_leaves_is_followed_and_comes_back(switch: DummySwitch, tmp_path: Path) -> None:
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST, PEER))
+        before = switch.flows()
+        await here.redirect(GUEST.domain_uuid, "10.21.0.3")
+        assert deliveries(switch)["203"] == "set_field:10.21.0.3->tun_dst,IN_PORT"
+        assert deliveries(switch)["202"].startswith("set_field:10.21.0.3->tun_dst,output:")
+        await here.stay(GUEST.domain_uuid)
+        assert switch.flows() == before
+        await here.leave(GUEST.domain_uuid, "10.21.0.3")
+        await here.tell(told(ELSEWHERE, PEER, generation=2))
+        assert deliveries(switch)["203"] == "set_field:10.21.0.3->tun_dst,IN_PORT", "for who has not heard of it yet"
+        switch.unplug("vnet0")
+        await here.gone(GUEST.domain_uuid)
+        assert deliveries(switch) == {}, "its tenant has nothing here any more"
+
+
+async def test_an_upgrade_goes_from_tap_to_tap(switch: DummySwitch, tmp_path: Path) -> None:
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST, PEER))
+        plug(switch, "vnet1")
+        await here.expect(GUEST.domain_uuid, [GUEST])
+        assert place_of(here) == "vnet0"
+        await here.redirect(GUEST.domain_uuid, HERE)
+        assert place_of(here) == "vnet1"
+        await here.stay(GUEST.domain_uuid)
+        assert place_of(here) == "vnet0"
+        await here.leave(GUEST.domain_uuid, HERE)
+        await here.tell(told(GUEST, PEER, generation=2))
+        assert place_of(here) == "vnet1"
+        await here.settled(GUEST.domain_uuid)
+        switch.unplug("vnet0")
+        await here.gone(GUEST.domain_uuid)
+        assert place_of(here) == "vnet1"
+        assert here.ports()[0].interface == "vnet1"
+
+
+async def test_a_port_that_is_no_guests_is_found_by_its_name(switch: DummySwitch, tmp_path: Path) -> None:
+    gateway = Attachment(Key(1001, "02:00:00:30:00:fe"), ("10.30.0.254",), any_source=True, name="gw0")
+    switch.plug("gw0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(gateway, PEER))
+        assert place_of(here, gateway) == "gw0"
+        assert deliveries(switch, gateway)["203"] == f"output:{here.bridge.numbers['gw0']}"
+
+
+async def test_older_words_are_refused(switch: DummySwitch, tmp_path: Path) -> None:
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST, generation=5, term=7))
+        for stale in (told(generation=4, term=7), told(generation=9, term=6)):
+            with pytest.raises(PreconditionError, match="generation 5 of term 7 has been told"):
+                await here.tell(stale)
+        await here.tell(told(generation=1, term=8))
+
+
+def test_what_is_kept_is_read_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    moves = Moves({"a": (GUEST, PEER)}, {"b": "10.21.0.2", "c": HERE}, {"1001/52:54:00:30:00:0a": "vnet0"})
+    store.save_told(told(GUEST, PEER))
+    store.save_moves(moves)
+    assert Store(tmp_path).load() == (told(GUEST, PEER), moves)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"attachments": [{}]}', '{"attachments": 5}'])
+def test_what_cannot_be_read_is_nothing(tmp_path: Path, text: str) -> None:
+    store = Store(tmp_path)
+    (tmp_path / "network" / "told.json").write_text(text)
+    assert store.load() == (Told(), Moves())
+
+
+def test_the_bridge_is_ours_by_name() -> None:
+    settings = NetworkSettings(tunnel_address=IPv4Address("10.21.0.1"))
+    assert settings.bridge == BRIDGE
+    assert settings.management_socket() == Path("/run/openvswitch/br-int.mgmt")

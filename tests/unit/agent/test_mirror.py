@@ -1,0 +1,263 @@
+"""Mirrors between real storage daemons, of both releases: only data crosses the wire, and the copy stays sparse."""
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from handoff_agent.disks import images
+from handoff_agent.disks.mirror import JobInfo, Mirror
+from handoff_agent.disks.nodes import parse_node
+from handoff_agent.disks.storage_daemon import Address, Export, StorageDaemon, find_binary
+from handoff_agent.disks.uris import ExportUri, parse_uri
+from handoff_agent.monitor import Json, QmpError
+from handoff_common.errors import ExhaustedError, InvalidArgumentError, PreconditionError
+
+PREFIX = os.environ.get("HANDOFF_PREFIX", "/opt/handoff")
+EMULATORS = {"10.0": f"{PREFIX}/qemu-10.0/bin/qemu-system-x86_64", "7.2": "/usr/bin/qemu-system-x86_64"}
+MIB = 1 << 20
+SIZE_MIB, DATA_MIB, ZEROS_MIB = 192, 16, 48
+ADDRESS = Address("127.0.0.1", 49500, 49507)
+
+
+class Qemu:
+    """A process with a block layer, as `Executes`."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    async def execute(self, command: str, arguments: Mapping[str, Json] | None = None) -> Json:
+        message: dict[str, Json] = {"execute": command}
+        if arguments:
+            message["arguments"] = arguments
+        self._writer.write(json.dumps(message).encode())
+        while True:
+            reply = json.loads(await self._reader.readline())
+            if "error" in reply:
+                raise QmpError(command, reply["error"]["class"], reply["error"]["desc"])
+            if "return" in reply:
+                return reply["return"]
+
+
+@asynccontextmanager
+async def source_qemu(binary: str, path: Path, image_format: str) -> AsyncIterator[Qemu]:
+    """Has the image as its node "disk"."""
+    socket = path.parent / "source-qmp"
+    file: dict[str, Json] = {"driver": "file", "filename": str(path)}
+    is_daemon = "storage-daemon" in binary
+    as_qemu = () if is_daemon else ("-machine", "none", "-nodefaults", "-display", "none")
+    monitor = ("--monitor", "chardev=q") if is_daemon else ("-mon", "chardev=q,mode=control")
+    process = await asyncio.create_subprocess_exec(
+        *(binary, *as_qemu, "--chardev", f"socket,id=q,path={socket},server=on,wait=off", *monitor),
+        *("--blockdev", json.dumps({"driver": image_format, "node-name": "disk", "file": file})),
+    )
+    try:
+        async with asyncio.timeout(20):
+            while not socket.is_socket():  # noqa: ASYNC110 - a file system has no event for it
+                await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_unix_connection(str(socket), limit=1 << 22)
+        qemu = Qemu(reader, writer)
+        await reader.readline()
+        await qemu.execute("qmp_capabilities")
+        yield qemu
+        writer.close()
+    finally:
+        process.kill()
+        await process.wait()
+
+
+class Wire:
+    """Counts what goes through it to an export, and can be cut."""
+
+    def __init__(self, export: ExportUri) -> None:
+        self.bytes = 0
+        self.stuck = False
+        self._export = export
+        self._writers: list[asyncio.StreamWriter] = []
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[ExportUri]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        async with server:
+            yield ExportUri("127.0.0.1", server.sockets[0].getsockname()[1], self._export.name)
+            for writer in self._writers:
+                writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(self._export.host, self._export.port)
+        self._writers += [writer, far_writer]
+        await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer), return_exceptions=True)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            while self.stuck:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            self.bytes += len(data)
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+
+async def until(mirror: Mirror, *, concluded: bool = False) -> JobInfo:
+    async with asyncio.timeout(60):
+        while True:
+            job = await mirror.look()
+            assert job is not None
+            if job.concluded or (job.ready and not concluded):
+                return job
+            await asyncio.sleep(0.02)
+
+
+def make_image(path: Path, image_format: str) -> None:
+    images.create(str(path), image_format, SIZE_MIB * MIB)
+    writes = ["-c", f"write -P 7 4M {DATA_MIB}M", "-c", f"write -P 0 64M {ZEROS_MIB}M"]
+    subprocess.run(["qemu-io", "-f", image_format, *writes, str(path)], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> StorageDaemon:
+    return StorageDaemon(tmp_path / "run" / "m1" / "images", ThreadPoolExecutor(1))
+
+
+@pytest.mark.parametrize("release", EMULATORS)
+@pytest.mark.parametrize("formats", ["raw-raw", "raw-qcow2", "qcow2-raw", "qcow2-qcow2"])
+async def test_only_data_crosses_the_wire(tmp_path: Path, daemon: StorageDaemon, release: str, formats: str) -> None:
+    from_format, _, to_format = formats.partition("-")
+    source, target = tmp_path / f"source.{from_format}", tmp_path / f"target.{to_format}"
+    make_image(source, from_format)
+    images.create(str(target), to_format, SIZE_MIB * MIB)
+    binary = find_binary(EMULATORS[release])
+    export = Export("m1-vda", str(target), to_format, writable=True)
+    wire = Wire(parse_uri((await daemon.start(binary, [export], ADDRESS))["m1-vda"]))
+    async with source_qemu(binary, source, from_format) as qemu, wire.open() as uri:
+        mirror = Mirror(qemu, "vda")
+        await mirror.begin("disk", uri, speed_bytes_per_s=0, write_blocking=False)
+        await mirror.begin("disk", uri, speed_bytes_per_s=0, write_blocking=False)
+        await until(mirror)
+        can_change = await mirror.block_writes()
+        assert can_change == (release != "7.2")
+        await mirror.complete()
+        await mirror.complete()
+        assert await mirror.look() is None
+    await daemon.stop()
+    assert not (tmp_path / "run" / "m1").exists()
+    compared = await asyncio.create_subprocess_exec("qemu-img", "compare", str(source), str(target))
+    assert await compared.wait() == 0
+    assert wire.bytes <= 1.02 * DATA_MIB * MIB
+    # Tables of qcow2 are 0.4 MiB.
+    assert target.stat().st_blocks * 512 <= (DATA_MIB + 0.5) * MIB
+
+
+async def test_a_mirror_that_is_given_up_leaves_nothing(tmp_path: Path, daemon: StorageDaemon) -> None:
+    """On a link that is dead as well."""
+    source, target = tmp_path / "source.raw", tmp_path / "target.raw"
+    make_image(source, "raw")
+    images.create(str(target), "raw", SIZE_MIB * MIB)
+    binary = find_binary(EMULATORS["10.0"])
+    uris = await daemon.start(binary, [Export("m1-vda", str(target), "raw", writable=True)], ADDRESS)
+    wire = Wire(parse_uri(uris["m1-vda"]))
+    async with source_qemu(EMULATORS["10.0"], source, "raw") as qemu, wire.open() as uri:
+        mirror = Mirror(qemu, "vda")
+        await mirror.begin("disk", uri, speed_bytes_per_s=4 * MIB, write_blocking=False)
+        with pytest.raises(PreconditionError, match="not in step"):
+            await mirror.complete()
+        wire.stuck = True
+        await mirror.cancel()
+        await mirror.cancel()
+        assert await mirror.look() is None
+        nodes = await qemu.execute("query-named-block-nodes")
+        assert isinstance(nodes, list)
+        assert not [node for node in nodes if "handoff" in node["node-name"]]
+        wire.stuck = False
+    await daemon.stop()
+
+
+async def test_a_destination_that_goes_away_is_told(tmp_path: Path, daemon: StorageDaemon) -> None:
+    source, target = tmp_path / "source.raw", tmp_path / "target.raw"
+    make_image(source, "raw")
+    images.create(str(target), "raw", SIZE_MIB * MIB)
+    binary = find_binary(EMULATORS["10.0"])
+    uris = await daemon.start(binary, [Export("m1-vda", str(target), "raw", writable=True)], ADDRESS)
+    async with source_qemu(binary, source, "raw") as qemu:
+        mirror = Mirror(qemu, "vda")
+        await mirror.begin("disk", parse_uri(uris["m1-vda"]), speed_bytes_per_s=4 * MIB, write_blocking=False)
+        await daemon.stop()
+        job = await until(mirror, concluded=True)
+        assert job.error
+        with pytest.raises(PreconditionError, match="vda could not be copied"):
+            await mirror.complete()
+        assert await mirror.look() is None
+
+
+async def test_a_daemon_is_found_again_and_its_port_is_its_own(tmp_path: Path, daemon: StorageDaemon) -> None:
+    path = tmp_path / "a.raw"
+    images.create(str(path), "raw", MIB)
+    binary = find_binary(EMULATORS["10.0"])
+    export = Export("a", str(path), "raw", writable=False)
+    only = Address("127.0.0.1", 49508, 49508)
+    uris = await daemon.start(binary, [export], only)
+    assert uris == {"a": "nbd://127.0.0.1:49508/a"}
+    again = StorageDaemon(tmp_path / "run" / "m1" / "images", ThreadPoolExecutor(1))
+    assert again.pid == daemon.pid is not None
+    other = StorageDaemon(tmp_path / "run" / "m2" / "images", ThreadPoolExecutor(1))
+    with pytest.raises(ExhaustedError, match="no free port"):
+        await other.start(binary, [export], only)
+    await again.stop()
+    assert daemon.pid is None
+    with pytest.raises(PreconditionError, match="qemu-storage-daemon"):
+        await other.start(binary, [Export("b", str(tmp_path / "none"), "raw", writable=False)], ADDRESS)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_images(tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    images.create(str(path), "qcow2", 3 * MIB, owner="root", cluster_bytes=4096)
+    told = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", str(path)]))
+    assert (told["virtual-size"], told["cluster-size"]) == (3 * MIB, 4096)
+    with pytest.raises(PreconditionError, match="exists"):
+        images.create(str(path), "raw", MIB)
+    assert path.stat().st_size > 0
+    with pytest.raises(PreconditionError, match="no user nobody-at-all"):
+        images.create(str(tmp_path / "b"), "raw", MIB, owner="nobody-at-all")
+    with pytest.raises(PreconditionError, match="No such file"):
+        images.create(str(tmp_path / "no" / "b"), "raw", MIB)
+    assert [one.name for one in tmp_path.iterdir()] == ["a.qcow2"]
+    found = images.look([str(path), str(tmp_path / "b"), str(tmp_path / "no" / "b")])
+    assert [(facts.exists, facts.folder_exists) for facts in found.values()] == [
+        (True, True),
+        (False, True),
+        (False, False),
+    ]
+    assert found[str(path)].free_bytes <= shutil.disk_usage(tmp_path).free
+    images.remove(str(path))
+    images.remove(str(path))
+
+
+def test_nodes_and_uris_are_read() -> None:
+    node = parse_node(
+        {
+            "node-name": "libvirt-1-format",
+            "image": {
+                "filename": "/top",
+                "format": "qcow2",
+                "virtual-size": 100,
+                "actual-size": 3,
+                "cluster-size": 65536,
+                "snapshots": [{}],
+                "backing-image": {"filename": "/base", "format": "raw", "virtual-size": 100, "actual-size": 4},
+            },
+        }
+    )
+    assert (node.name, node.allocated_bytes, node.backing, node.snapshots) == ("libvirt-1-format", 7, ("/base",), 1)
+    for uri in ("nbd://10.20.0.2:49153/m-vda", "nbd://[fe80::1]:1/x"):
+        assert str(parse_uri(uri)) == uri
+    for wrong in ("", "nbd://h/x", "http://h:1/x", "nbd://h:1/", "nbd://h:x/y"):
+        with pytest.raises(InvalidArgumentError):
+            parse_uri(wrong)

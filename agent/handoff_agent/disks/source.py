@@ -33,7 +33,7 @@ from handoff_agent.guests import parse_domain
 from handoff_agent.handoff import Handoff
 from handoff_agent.monitor import Json, Monitor
 from handoff_agent.slots import Slot
-from handoff_common.errors import PreconditionError
+from handoff_common.errors import DeadlineError, PreconditionError, UnavailableError
 
 LOOK_INTERVAL_S: Final = 0.5
 FIRST_LOOKS_S: Final = 0.05
@@ -109,7 +109,20 @@ class DepartingDisks(SourceCompanion):
         await self._handoff.change(disks=recorded(moves))
 
     async def begin(self) -> None:
-        """Mirrors all disks until they are in step. Raises PreconditionError when one can't be, with QEMU's reason."""
+        """Mirrors all disks until they are in step. Raises PreconditionError when one can't be, with QEMU's reason.
+
+        A libvirtd that is away is waited for: QEMU goes on without it.
+        """
+        while True:
+            try:
+                await self._begin()
+                return
+            except (UnavailableError, DeadlineError) as error:
+                self._handoff.log.warning("disks", error=error.message)
+                await self._slot.wait_connected(LOOK_INTERVAL_S)
+                await asyncio.sleep(LOOK_INTERVAL_S)
+
+    async def _begin(self) -> None:
         moved = self._moved()
         if not moved:
             return

@@ -80,6 +80,7 @@ class Host:
             slots={"a": SlotSettings(uri=uri)},
             emulators=(EmulatorSettings(name="new", path=QEMU),),
         )
+        self.has_disks = disks is not None
         self.state_dir = state_dir
         self.listener = Listener("127.0.0.1", first_port, first_port + 7)
         self.storage_address = Address("127.0.0.1", first_port + 8, first_port + 15)
@@ -116,7 +117,9 @@ class Host:
             Ledger(self.state_dir),
             TermGuard(self.state_dir),
             HandoffChanges(),
-            DiskCompanions(StorageSettings(self.state_dir / "storage", self.storage_address, "root"), self.threads),
+            DiskCompanions(StorageSettings(self.state_dir / "storage", self.storage_address, "root"), self.threads)
+            if self.has_disks
+            else None,
         )
         await self.handoffs.open()
 

@@ -1,6 +1,6 @@
 """The disks of a guest that leaves: mirrored into the destination's exports until the guest is paused.
 
-prepare     a disk that will be pulled gets an overlay; its base is exported
+leaving     a disk that will be pulled gets an overlay; its base is exported
 begin       mirrors start; returns when all are in step with the guest
 ordered     the guest's writes wait for the destination: nothing is left when it is paused
 paused      mirrors end, complete
@@ -81,7 +81,7 @@ class DepartingDisks(SourceCompanion):
     def _pulled(self) -> Sequence[pb.DiskMove]:
         return [move for move in moves_of(self._handoff.record) if move.strategy == PULL]
 
-    async def prepare(self) -> None:
+    async def leaving(self) -> None:
         """Gives disks that will be pulled their overlays, and exports what they are until now."""
         moves = moves_of(self._handoff.record)
         pulled = [move for move in moves if move.strategy == PULL]

@@ -36,6 +36,12 @@ bench-handoff: setup ## our migration against `virsh migrate --live --p2p`, into
 bench-upgrade: setup ## a new QEMU under guests of 256 MiB, 2 GiB and 8 GiB, into out/bench/upgrade.json
 	@$(PYTHON) -m bench.upgrade
 
+bench-disks: setup ## local disks against `virsh migrate --copy-storage-all`, into out/bench/disks.json
+	@$(PYTHON) -m bench.disks
+
+bench-fast: setup ## when a guest with 1, 4, 8 GiB of data runs at the destination, into out/bench/fast.json
+	@$(PYTHON) -m bench.fast
+
 soak: setup ## every state of a migration with every fault, an hour; into out/soak/matrix.json and matrix.txt
 	@$(PYTHON) -m soak.run $(SOAK)
 
@@ -46,4 +52,5 @@ clean: ## stop the lab, remove what was built here
 	-.venv/bin/handoff-lab down
 	rm -rf build out .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup demo test lint types proto unit lab-test bench-handoff bench-upgrade bench-switch soak clean
+.PHONY: help setup demo test lint types proto unit lab-test soak \
+	bench-handoff bench-upgrade bench-switch bench-disks bench-fast clean

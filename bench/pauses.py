@@ -66,6 +66,17 @@ class PauseWatch:
             assert both is not None
             return both
 
+    def resumed_s(self, destination: str, deadline_s: float = 5.0) -> float:
+        """When the destination was first resumed, as time.time() says it. Raises TimeoutError when it was not."""
+
+        def resumes() -> list[float]:
+            return [time_s for host, event, time_s in self._events if (host, event) == (destination, "RESUME")]
+
+        with self._changed:
+            if not self._changed.wait_for(resumes, deadline_s):
+                raise TimeoutError(f"no RESUME on {destination}: {self._events}")
+            return resumes()[0]
+
     def _both(self, source: str, destination: str) -> tuple[float, float] | None:
         stops = [time_s for host, event, time_s in self._heard if (host, event) == (source, "STOP")]
         resumes = [time_s for host, event, time_s in self._heard if (host, event) == (destination, "RESUME")]

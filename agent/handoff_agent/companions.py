@@ -1,7 +1,7 @@
 """What goes with a guest beside its memory: disks, switch ports. Each hooks into a handoff as a companion.
 
     source                                          destination
-    prepare()    PrepareSource
+    leaving()    PrepareSource
                                                     prepare(xml)    before the domain is created
                                                     created()       it exists, paused; its taps are plugged
     begin()      StartTransfer, before `migrate`
@@ -35,7 +35,7 @@ Work: TypeAlias = Coroutine[object, object, None]
 class SourceCompanion:
     """One thing that leaves with a guest."""
 
-    async def prepare(self) -> None:
+    async def leaving(self) -> None:
         """The guest will leave: makes what the destination needs before its domain is created.
 
         A failure is the handoff's; `back` follows with the abort.

@@ -162,7 +162,15 @@ def _disk(element: etree._Element, is_shared: IsShared) -> types.Disk:
         placement=_placement(top, is_shared),
         device=device,
         read_only=device == "cdrom" or element.find("readonly") is not None,
+        servers=servers(element) if top.kind == "network" else [],
     )
+
+
+def servers(disk: etree._Element) -> list[str]:
+    """Addresses of the servers of a <disk> on the network, each "host:port"; the port is empty where libvirt's default
+    is meant."""
+    hosts = disk.iterfind("source/host")
+    return [f"{host.get('name')}:{host.get('port', '')}" for host in hosts if host.get("name")]
 
 
 def _placement(top: Layer, is_shared: IsShared) -> types.DiskPlacement.ValueType:

@@ -75,6 +75,7 @@ def obstacles(guest: types.Domain, facts: SourceFacts, *, is_shared: IsShared, l
     found = [
         *_state_obstacles(guest, facts),
         *_disk_obstacles(root, _everything if local else is_shared),
+        *(() if local else _volume_obstacles(root)),
         *(message for check in _DEVICE_CHECKS for message in check(root)),
         *(_slot_obstacles(root) if local else ()),
     ]
@@ -130,6 +131,28 @@ def _disk_obstacles(root: etree._Element, is_shared: IsShared) -> Iterator[str]:
                     f"disk {target} is backed by {layer.source} on this host alone; pull the backing image in"
                     " (virsh blockpull), or move it to shared storage"
                 )
+
+
+# Written through, or always the same for every client: nothing is left in the host's own caches. As libvirt judges.
+_COHERENT_CACHES = ("none", "directsync")
+_COHERENT_PROTOCOLS = ("rbd",)
+
+
+def _volume_obstacles(root: etree._Element) -> Iterator[str]:
+    for disk in root.iterfind("devices/disk[@type='network']"):
+        target = _attribute(disk, "target", "dev")
+        protocol, cache = _attribute(disk, "source", "protocol"), _attribute(disk, "driver", "cache")
+        read_only = disk.get("device") == "cdrom" or disk.find("readonly") is not None
+        if cache not in _COHERENT_CACHES and protocol not in _COHERENT_PROTOCOLS and not read_only:
+            yield (
+                f"disk {target} is a {protocol} volume with cache={cache or 'default'}, so that two hosts could see"
+                " different bytes; set cache='none' and restart the guest"
+            )
+        for host in disk.iterfind("source/host[@transport='unix']"):
+            yield (
+                f"disk {target} is a {protocol} volume behind the socket {host.get('socket')} of this host; name its"
+                " server by address"
+            )
 
 
 def _everything(_path: str) -> bool:

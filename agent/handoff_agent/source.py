@@ -103,7 +103,7 @@ class SourceHandoff(Handoff):
     async def prepare(self) -> None:
         """Tells the companions; FAILED when one can't, with its reason, which is raised."""
         try:
-            await together(companion.prepare() for companion in self.companions)
+            await together(companion.leaving() for companion in self.companions)
         except HandoffError as error:
             await self.change(state=FAILED, message=error.message)
             raise

@@ -39,6 +39,7 @@ from handoff_controller.settings import ControllerSettings
 from handoff_controller.settle import Settler
 from handoff_controller.store import Store
 from handoff_controller.upgrade_planner import UpgradePlanner
+from handoff_controller.volumes import Volumes
 
 log = structlog.get_logger()
 
@@ -69,6 +70,7 @@ class Conductor:
         self._fleet = Fleet(agents, self._store, self._settler, self._network.look_again)
         self._fencing = FenceCommand(settings.fencing)
         self.rollouts = Rollouts(self._store, agents, self.create)
+        self._volumes = Volumes(settings.volumes)
         self._drivers: dict[str, Driver] = {}
         self._admitted: dict[str, asyncio.Event] = {}
         self._adopted = asyncio.Event()
@@ -90,6 +92,8 @@ class Conductor:
             if stale is not None and others is None:
                 raise StaleTermError(f"term {self.leadership.term} has ended while it was at work") from group
             raise
+        finally:
+            await self._volumes.close()
 
     async def create(self, request: CreateMigrationRequest | CreateUpgradeRequest) -> Migration:
         """Plans, records and starts a migration; see CreateMigration and CreateUpgrade for what it raises."""
@@ -249,6 +253,7 @@ class Conductor:
             self._agents[migration.destination.host],
             self._fence,
             self._admitted[migration.id],
+            self._volumes,
             self._fencing,
             self._network,
         )

@@ -23,6 +23,8 @@ from handoff_controller.forward import Forward, Peers
 from handoff_controller.journey import FIRST_PAUSE_S, SOURCE, TRANSIENT, Journey, Records, StepFailed
 from handoff_controller.machine import CANCELLABLE, FINAL, PHASES, Event, State, Step, enter, next_state, state_of
 from handoff_controller.undo import Undo
+from handoff_controller.volume_steps import VolumeSteps
+from handoff_controller.volumes import Volumes
 
 # How long an agent may be out of reach, in seconds, before its step counts as failed. A restarted agent is back within
 # a few seconds. While the guest may be paused (SWITCHING) we give up sooner: the abort is what brings it back.
@@ -52,6 +54,7 @@ class Driver:
         destination: Agent,
         fence: Fence,
         admitted: asyncio.Event,
+        volumes: Volumes,
         fencing: Fencing,
         peers: Peers | None = None,
     ) -> None:
@@ -59,6 +62,7 @@ class Driver:
         self._way = Journey(migration, records, source, destination, fence)
         self._decisions = Decisions()
         self._forward = Forward(self._way, self._decisions, fencing, peers)
+        self._volumes = VolumeSteps(self._way, volumes)
         self._undo = Undo(self._way, self._decisions, fencing)
         self._records = records
         self._source = source
@@ -188,6 +192,7 @@ class Driver:
         actions: dict[Step, Callable[[], Awaitable[Event | None]]] = {
             Step.AWAIT_ADMISSION: self._await_admission,
             Step.PREPARE_SOURCE: self._prepare_source,
+            Step.GRANT_VOLUMES: self._grant_volumes,
             Step.PREPARE_DESTINATION: self._prepare_destination,
             Step.START_TRANSFER: self._start_transfer,
             Step.AWAIT_READY: self._await_ready,
@@ -201,12 +206,12 @@ class Driver:
             Step.FINALIZE_DESTINATION: self._forward.finalize_destination,
             Step.ABORT_SOURCE: self._undo.abort_source,
             Step.ABORT_DESTINATION: self._undo.abort_destination,
+            Step.REVOKE_VOLUMES: self._volumes.revoke,
         }
         try:
             if phase.concurrent:
                 await _together([actions[step] for step in phase.steps])
-                return Work(Event.COMPLETED)
-            for step in phase.steps:
+            for step in (() if phase.concurrent else phase.steps) + phase.then:
                 event = await actions[step]()
                 if event is not None:
                     return Work(event, self.migration.error)
@@ -228,6 +233,9 @@ class Driver:
             ),
             PATIENCE_S[State.PREPARING],
         )
+
+    async def _grant_volumes(self) -> None:
+        await self._volumes.grant(self._guest.domain.disks)
 
     async def _prepare_destination(self) -> None:
         handoff = await self._insist(self._listening, PATIENCE_S[State.PREPARING])

@@ -37,6 +37,7 @@ class Step(StrEnum):
 
     AWAIT_ADMISSION = auto()
     PREPARE_SOURCE = auto()
+    GRANT_VOLUMES = auto()
     PREPARE_DESTINATION = auto()
     START_TRANSFER = auto()
     AWAIT_READY = auto()
@@ -50,6 +51,8 @@ class Step(StrEnum):
     FINALIZE_DESTINATION = auto()
     ABORT_SOURCE = auto()
     ABORT_DESTINATION = auto()
+    REVOKE_VOLUMES = auto()
+    """From the host that does not have the guest in the end."""
 
 
 class Event(StrEnum):
@@ -76,12 +79,16 @@ class Phase:
     fenced: State | None = None
     """The next state when the destination's copy is proven not to run, now or ever."""
     concurrent: bool = False
+    then: tuple[Step, ...] = ()
+    """In order, after all of `steps`."""
 
 
 PHASES: Mapping[State, Phase] = {
     State.PLANNED: Phase((Step.AWAIT_ADMISSION,), completed=State.PREPARING, failed=State.ABORTED),
     State.PREPARING: Phase(
-        (Step.PREPARE_SOURCE, Step.PREPARE_DESTINATION), completed=State.COPYING, failed=State.ABORTING
+        (Step.PREPARE_SOURCE, Step.GRANT_VOLUMES, Step.PREPARE_DESTINATION),
+        completed=State.COPYING,
+        failed=State.ABORTING,
     ),
     State.COPYING: Phase((Step.START_TRANSFER, Step.AWAIT_READY), completed=State.SWITCHING, failed=State.ABORTING),
     State.SWITCHING: Phase(
@@ -97,9 +104,14 @@ PHASES: Mapping[State, Phase] = {
         completed=State.DONE,
         failed=None,
         concurrent=True,
+        then=(Step.REVOKE_VOLUMES,),
     ),
     State.ABORTING: Phase(
-        (Step.ABORT_SOURCE, Step.ABORT_DESTINATION), completed=State.ABORTED, failed=None, concurrent=True
+        (Step.ABORT_SOURCE, Step.ABORT_DESTINATION),
+        completed=State.ABORTED,
+        failed=None,
+        concurrent=True,
+        then=(Step.REVOKE_VOLUMES,),
     ),
 }
 FINAL = frozenset({State.DONE, State.ABORTED})

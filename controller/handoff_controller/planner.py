@@ -27,6 +27,7 @@ from handoff_common.errors import (
 from handoff_controller.agents import Agents, GrpcAgent
 from handoff_controller.machine import State, enter
 from handoff_controller.store import Reader
+from handoff_controller.volumes import network_volumes
 
 DEFAULT_DOWNTIME_LIMIT_MS = 300
 DEFAULT_SWITCH_DEADLINE = timedelta(seconds=2)
@@ -166,6 +167,7 @@ class Planner:
             validate_only=True,
             fast=migration.options.fast,
         )
+        migration.volumes.extend(network_volumes(guest.domain.disks))
         migration.disks.extend(handoff.disks)
 
     def _check_free(self, guest: Guest, destination: str) -> None:

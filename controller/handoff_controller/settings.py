@@ -28,6 +28,22 @@ class AdmissionSettings(Settings):
     max_upgrades_per_host: int = Field(default=2, ge=1, description="upgrades of guests on one host")
 
 
+class VolumeSettings(Settings):
+    """Who keeps the access lists of some network volumes; see volumes.py. Either a service or a command."""
+
+    protocol: str = Field(default="*", description='libvirt\'s protocol, such as "nbd" or "rbd"; * and ? match')
+    name: str = Field(default="*", description="name of the volumes; * and ? match")
+    service: str = Field(default="", description='"host:port" of a handoff.storage.v1.VolumeAccessService')
+    command: tuple[str, ...] = Field(default=(), description="run with: grant|revoke PROTOCOL:NAME HOST")
+    timeout_s: float = Field(default=10.0, gt=0, description="for one volume and one host")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if bool(self.service) == bool(self.command):
+            raise ValueError("volumes: name either a service or a command")
+        return self
+
+
 class FencingSettings(Settings):
     """How it is made sure that a host that does not answer runs no guest."""
 
@@ -82,6 +98,9 @@ class ControllerSettings(Settings):
     hosts: dict[str, str] = Field(min_length=1, description='agents by host name, each "host:port" or "unix:/path"')
     static_ports: tuple[StaticPortSettings, ...] = Field(default=(), description="tenants' ports that are no guests")
     admission: AdmissionSettings = AdmissionSettings()
+    volumes: tuple[VolumeSettings, ...] = Field(
+        default=(), description="access lists of network volumes, the first that matches; without, every host may"
+    )
     fencing: FencingSettings = FencingSettings()
     keep_migrations: RetentionSettings = RetentionSettings()
     log_format: LogFormat = "json"

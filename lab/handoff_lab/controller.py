@@ -10,6 +10,7 @@ from handoff_lab.host import AGENT_PORT, HOSTS_FROM, host_name, hosts_file, prog
 from handoff_lab.networks import GATEWAY_NUMBER, MANAGED, Network
 from handoff_lab.node import Node
 from handoff_lab.state import Lab, LabConfig
+from handoff_lab.storage import Storage
 
 CONTROLLER_PORT = 7700
 
@@ -68,6 +69,10 @@ endpoints = [{members}]
 
 [hosts]
 {hosts}
+
+[[volumes]]
+protocol = "nbd"
+service = "{Storage(self.lab).service}"
 
 {static_ports}"""
 

@@ -1,7 +1,7 @@
-"""The network between nodes: two bridges in a namespace of their own, and a cable to each node.
+"""The network between nodes: three bridges in a namespace of their own, and cables to each node.
 
 Management is 10.10.0.0/24. The overlay link carries migration streams, 10.20.0.0/24, and VXLAN, 10.21.0.0/24; its rate
-can be set.
+can be set. Storage is 10.50.0.0/24.
 """
 
 import json
@@ -15,6 +15,7 @@ from handoff_lab.state import Lab
 MANAGEMENT_NET = "10.10.0"
 OVERLAY_NET = "10.20.0"
 TUNNEL_NET = "10.21.0"
+STORAGE_NET = "10.50.0"
 OVERLAY_MTU = 1600
 UNLIMITED = "none"
 
@@ -45,7 +46,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Fabric:
-    """The bridges and cables. Interfaces here are called m-NODE and o-NODE."""
+    """The bridges and cables. Interfaces here are called m-NODE, o-NODE and s-NODE."""
 
     lab: Lab
 
@@ -59,7 +60,7 @@ class Fabric:
         self.node.start()
         existing = self._interfaces()
         commands = []
-        for bridge, mtu in (("mgmt", 1500), ("overlay", OVERLAY_MTU)):
+        for bridge, mtu in (("mgmt", 1500), ("overlay", OVERLAY_MTU), ("storage", 1500)):
             if bridge not in existing:
                 commands += [f"link add {bridge} type bridge", f"link set {bridge} mtu {mtu} up"]
         self._ip(commands)
@@ -79,6 +80,14 @@ class Fabric:
             ]
         self._ip(commands)
         return bool(commands)
+
+    def plug_storage(self, node: Node, pid: int, existing: frozenset[str]) -> bool:
+        """Connects a node to the storage network, unless it is: sto0 there. True when it was not."""
+        cable = f"s-{node.name}"
+        if cable in existing:
+            return False
+        self._ip([f"link add {cable} type veth peer name sto0 netns {pid}", f"link set {cable} master storage up"])
+        return True
 
     def cables(self) -> frozenset[str]:
         """The names of the interfaces that exist here."""

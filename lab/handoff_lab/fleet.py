@@ -14,12 +14,13 @@ from handoff_lab.errors import LabError
 from handoff_lab.etcd import EtcdMember
 from handoff_lab.fabric import Fabric, Link
 from handoff_lab.gateway import Gateway
-from handoff_lab.host import Host, host_index, program
+from handoff_lab.host import HOST_TYPES, Host, host_index, program
 from handoff_lab.node import Node, all_marked, kill_and_wait, nodes
 from handoff_lab.parallel import in_parallel
 from handoff_lab.state import MAX_CONTROLLERS, MAX_HOSTS, Lab, LabConfig
+from handoff_lab.storage import Storage
 
-Member: TypeAlias = Host | Controller | EtcdMember | Gateway
+Member: TypeAlias = Host | Controller | EtcdMember | Gateway | Storage
 Step: TypeAlias = Callable[[], object]
 
 
@@ -44,6 +45,11 @@ class Fleet:
         """The network between them."""
         return Fabric(self.lab)
 
+    @property
+    def storage(self) -> Storage:
+        """The storage host; one of the members once there has been a volume."""
+        return Storage(self.lab)
+
     def members(self, config: LabConfig) -> list[Member]:
         """Every node but the fabric."""
         return [
@@ -51,6 +57,7 @@ class Fleet:
             *(EtcdMember(self.lab, n, config.etcd) for n in range(1, config.etcd + 1)),
             *(Controller(self.lab, n) for n in range(1, config.controllers + 1)),
             Gateway(self.lab),
+            *([self.storage] if self.storage.exists else []),
         ]
 
     def member(self, name: str) -> Member:
@@ -114,6 +121,8 @@ class Fleet:
         boots += [*(member.boot for member in members_of_etcd), *(controller.boot for controller in controllers)]
         boots += [gateway.boot for gateway in gateways]
         in_parallel(boots)
+        if self.storage.exists:
+            self.storage.start(self.fabric)
         cables = self.fabric.cables()
         cabling: list[Step] = [partial(host.connect, self.fabric, cables, config) for host in hosts]
         cabling += [partial(member.connect, self.fabric, cables) for member in members_of_etcd]
@@ -155,6 +164,19 @@ class Fleet:
             config = self.lab.require_config()
             rates = {name: old for name, old in config.rates.items() if name != host}
             self.lab.save_config(dataclasses.replace(config, rates=rates if rate == "none" else {**rates, host: rate}))
+
+    def set_type(self, host: str, kind: str) -> None:
+        """Makes a host one of another type, see HOST_TYPES, and restarts its agent. Stays over a power-off."""
+        if kind not in HOST_TYPES:
+            raise LabError(f"{kind} is no type of host: there are {', '.join(HOST_TYPES)}")
+        with self.lab.locked():
+            member = self.host(host)
+            config = self.lab.require_config()
+            config = dataclasses.replace(config, types={**config.types, host: kind})
+            self.lab.save_config(config)
+            member.write_files(config)
+            if config.agents and member.node.pid() is not None:
+                member.restart("agent")
 
     def set_link(self, host: str, up: bool, management: bool = True, overlay: bool = True) -> None:
         """Cuts or mends a host's cables."""
@@ -221,6 +243,7 @@ def _merge(
         host_memory_mib=base.host_memory_mib if host_memory_mib is None else host_memory_mib,
         agents=base.agents if agents is None else agents,
         rates=base.rates,
+        types=base.types,
     )
     for what, value, most in (("hosts", new.hosts, MAX_HOSTS), ("controllers", new.controllers, MAX_CONTROLLERS)):
         if not 1 <= value <= most:

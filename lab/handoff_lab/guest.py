@@ -8,6 +8,7 @@ import subprocess
 import time
 import uuid
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,14 @@ from xml.sax.saxutils import quoteattr
 
 from handoff_lab.errors import LabError
 from handoff_lab.fleet import Fleet
-from handoff_lab.host import SLOTS, Host
+from handoff_lab.host import LOCAL_FOLDERS, SLOTS, Host
 from handoff_lab.images import make_image
 from handoff_lab.netns import NetNamespace
 from handoff_lab.networks import NO_NETWORK, TENANT, network_named
 from handoff_lab.parallel import in_parallel
 from handoff_lab.pattern import PATTERN_BEGIN, Pattern, parse_mib
 from handoff_lab.state import DiskRecord, GuestRecord, Lab, Release
+from handoff_lab.storage import Storage
 
 FIRST_NUMBER, LAST_NUMBER = 10, 199
 CONTROL_PORT = 5000
@@ -89,15 +91,7 @@ def domain_xml(guest: GuestRecord, lab: Lab, release: Release, machine: str = ""
 
     With `shareable`, its memory can be handed to another QEMU without a copy, if the release knows how.
     """
-    disks = "".join(
-        f"""
-    <disk type='file' device='disk'>
-      <driver name='qemu' type='{disk.format}' cache='none' discard='unmap'/>
-      <source file={quoteattr(disk.path)}/>
-      <target dev='{disk.target}' bus='virtio'/>
-    </disk>"""
-        for disk in guest.disks
-    )
+    disks = "".join(_disk_xml(disk, lab) for disk in guest.disks)
     network = network_named(guest.network)
     interface = (
         f"""
@@ -150,6 +144,25 @@ def domain_xml(guest: GuestRecord, lab: Lab, release: Release, machine: str = ""
 """
 
 
+def _disk_xml(disk: DiskRecord, lab: Lab) -> str:
+    if disk.place == "volume":
+        storage = Storage(lab)
+        kind, source = (
+            "network",
+            f"""<source protocol='nbd' name='{disk.path}'>
+        <host name='{storage.address}' port='{storage.volume(disk.path).port}'/>
+      </source>""",
+        )
+    else:
+        kind, source = "file", f"<source file={quoteattr(disk.path)}/>"
+    return f"""
+    <disk type='{kind}' device='disk'>
+      <driver name='qemu' type='{disk.format}' cache='none' discard='unmap'/>
+      {source}
+      <target dev='{disk.target}' bus='virtio'/>
+    </disk>"""
+
+
 @dataclass(frozen=True, slots=True)
 class Guests:
     """Creates, finds and removes guests. `hosts`: only these are looked at; empty: all."""
@@ -191,18 +204,18 @@ class Guests:
             if all(sighting.state == "shut off" for sighting in seen):
                 virsh(self.fleet.host(seen[0].host), seen[0].slot, "start", name)
         else:
-            self._define(guest, where, domain_xml(guest, self.lab, build, machine, shareable))
+            self._define(guest, where, lambda: domain_xml(guest, self.lab, build, machine, shareable))
         if wait:
             self.wait_ready(guest)
         return guest
 
-    def _define(self, guest: GuestRecord, where: Host, xml: str) -> None:
+    def _define(self, guest: GuestRecord, where: Host, xml: Callable[[], str]) -> None:
         name = guest.name
         try:
             for disk in guest.disks:
                 self._make(disk, where)
             definition = f"/run/{name}.xml"
-            (where.directory / f"run/{name}.xml").write_text(xml)
+            (where.directory / f"run/{name}.xml").write_text(xml())
             virsh(where, "a", "define", definition)
             virsh(where, "a", "start", name)
         except LabError:
@@ -210,6 +223,12 @@ class Guests:
             raise
 
     def _make(self, disk: DiskRecord, where: Host) -> None:
+        if disk.place == "volume":
+            with self.lab.locked():
+                self.fleet.storage.start(self.fleet.fabric)
+                self.fleet.storage.create(disk.path, disk.pattern)
+            self.fleet.storage.grant(disk.path, where.name)
+            return
         path = (self.lab.shared if disk.place == "shared" else where.directory / "vms") / Path(disk.path).name
         if not disk.backing:
             make_image(path, disk.format, disk.pattern)
@@ -310,8 +329,11 @@ class Guests:
             if seen.state != "shut off":
                 virsh(host, seen.slot, "destroy", name, check=False)
             virsh(host, seen.slot, "undefine", name, check=False)
+        for disk in next((guest.disks for guest in self.lab.guests() if guest.name == name), ()):
+            if disk.place == "volume":
+                self.fleet.storage.delete(disk.path)
         hosts = [host for host in self.fleet.members(self.lab.require_config()) if isinstance(host, Host)]
-        for directory in (self.lab.shared, *(host.directory / "vms" for host in hosts)):
+        for directory in (self.lab.shared, *(host.directory / folder for host in hosts for folder in LOCAL_FOLDERS)):
             for pattern in (f"{name}-vd?.*", f"{name}.console"):
                 for path in directory.glob(pattern):
                     path.unlink()

@@ -1,8 +1,8 @@
 """An emulated hypervisor: libvirt in two slots, Open vSwitch in user space, and the agent.
 
 Inside of host hN: mgmt0 10.10.0.N; on the overlay link br-ovl 10.20.0.N for migration streams, and br-phy 10.21.0.N for
-VXLAN; among the guests probe0 10.30.0.(200+N), red0 and blue0 10.40.0.(200+N). Streams stay in the kernel: Open vSwitch
-in user space takes about 30 MiB/s.
+VXLAN; sto0 10.50.0.N leads to the storage host; among the guests probe0 10.30.0.(200+N), red0 and blue0
+10.40.0.(200+N). Streams stay in the kernel: Open vSwitch in user space takes about 30 MiB/s.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from handoff_lab.daemon import Daemon
 from handoff_lab.errors import LabError
-from handoff_lab.fabric import MANAGEMENT_NET, OVERLAY_MTU, OVERLAY_NET, TUNNEL_NET, Fabric
+from handoff_lab.fabric import MANAGEMENT_NET, OVERLAY_MTU, OVERLAY_NET, STORAGE_NET, TUNNEL_NET, Fabric
 from handoff_lab.networks import GATEWAY_NUMBER, MTU, NETWORKS, TENANT
 from handoff_lab.node import Node
 from handoff_lab.parallel import in_parallel
@@ -21,6 +21,15 @@ from handoff_lab.state import MAX_HOSTS, Lab, LabConfig
 
 SLOTS = ("a", "b")
 AGENT_PORT = 7701
+# Where hosts of a type keep local disks, and in what format; empty: as at the source.
+HOST_TYPES = {
+    "standard": ("", ""),
+    "ssd": ("/srv/ssd", "qcow2"),
+    "ark": ("/srv/ark", "raw"),
+    "raw": ("", "raw"),
+    "qcow2": ("", "qcow2"),
+}
+LOCAL_FOLDERS = ("vms", "ssd", "ark")
 HOSTS_FROM = 200
 """Address of host N in the guests' networks: this and N."""
 OVS_DEADLINE_S = 15
@@ -157,7 +166,7 @@ class Host:
         """Writes the configuration of everything on the host."""
         for path in (
             *("run/libvirt", "run/lock", "run/openvswitch", "run/handoff/slots/a", "run/handoff/slots/b"),
-            *("etc/handoff", "etc/openvswitch", "var/lib/openvswitch", "var/log/openvswitch", "agent", "vms"),
+            *("etc/handoff", "etc/openvswitch", "var/lib/openvswitch", "var/log/openvswitch", "agent", *LOCAL_FOLDERS),
             *(
                 f"slot-{slot}/{part}"
                 for slot in SLOTS
@@ -185,6 +194,10 @@ class Host:
         emulators = "\n".join(
             f'[[emulators]]\nname = "{release.name}"\npath = "{release.emulator}"\n' for release in self.lab.releases()
         )
+        types = "\n".join(
+            f'[host_types.{kind}]\nfolder = "{folder}"\nformat = "{image_format}"\n'
+            for kind, (folder, image_format) in HOST_TYPES.items()
+        )
         return f"""\
 name = "{self.name}"
 listen = ["{MANAGEMENT_NET}.{self.index}:{AGENT_PORT}", "unix:{self.lab.agent_socket(self.name)}"]
@@ -192,7 +205,9 @@ migration_address = "{OVERLAY_NET}.{self.index}"
 state_dir = "{self.directory / "agent"}"
 shared_paths = ["/srv/shared"]
 memory_mib = {config.host_memory_mib}
+host_type = "{config.types.get(self.name, "standard")}"
 
+{types}
 [network]
 tunnel_address = "{TUNNEL_NET}.{self.index}"
 
@@ -221,12 +236,16 @@ tunnel_address = "{TUNNEL_NET}.{self.index}"
             (own / "etc/machine-id", "/etc/machine-id"),
             (own / "etc/hosts", "/etc/hosts"),
             (own / "etc/handoff", "/etc/handoff"),
-            (own / "vms", "/srv/vms"),
+            *((own / folder, f"/srv/{folder}") for folder in LOCAL_FOLDERS),
             (self.lab.shared, "/srv/shared"),
         ]
 
     def connect(self, fabric: Fabric, cables: frozenset[str], config: LabConfig) -> None:
         """Plugs the host in where it is not, and gives its interfaces their addresses."""
+        if fabric.plug_storage(self.node, self.node.require_pid(), cables):
+            self.node.run(
+                ["sh", "-e"], stdin=f"ip addr replace {STORAGE_NET}.{self.index}/24 dev sto0\nip link set sto0 up\n"
+            )
         if not fabric.plug(self.node, self.node.require_pid(), True, cables):
             return
         self.node.run(

@@ -17,6 +17,7 @@ from handoff_lab import guest as guests_module
 from handoff_lab.errors import LabError
 from handoff_lab.fleet import Fleet, require_root
 from handoff_lab.guest import DEFAULT_DISK, DEFAULT_NETWORK, DISK_SYNTAX, Guests
+from handoff_lab.host import HOST_TYPES
 from handoff_lab.networks import NAMES
 from handoff_lab.node import base_environment
 from handoff_lab.parallel import in_parallel
@@ -137,6 +138,15 @@ def link(fleet: Fleet, host: str, rate: str | None, cut: bool | None, mgmt: bool
     if cut is not None:
         both = mgmt == overlay
         fleet.set_link(host, not cut, mgmt or both, overlay or both)
+
+
+@main.command("host-type")
+@click.argument("host")
+@click.argument("kind", metavar="TYPE", type=click.Choice(list(HOST_TYPES)))
+@click.pass_obj
+def host_type(fleet: Fleet, host: str, kind: str) -> None:
+    """Say what kind of host one is: where local disks go there, and in what format. Its agent is restarted."""
+    fleet.set_type(host, kind)
 
 
 @main.command()

@@ -99,32 +99,10 @@ class DiskProof:
     async def check(self) -> Verdict:
         """Compares everything; the journal goes on afterwards. Raises LabError, OSError, TimeoutError."""
         inside = await self._inside.journal_verify()
-        seen = await asyncio.to_thread(self._read_images)
+        seen = await asyncio.to_thread(_read_images, self._guests, self._record.name, self._target)
         after = (await self._inside.status()).journal
         checks = tuple(self._judge(disk, inside, after) for disk in seen)
         return Verdict(checks, inside, tuple(_faults(checks, inside, after)))
-
-    def _read_images(self) -> list["_DiskRead"]:
-        host = self._guests.running_on(self._record.name)
-        made = {disk.target: disk.pattern for disk in self._record.disks}
-        with _suspended(host, self._guests, self._record.name) as slot:
-            root = etree.fromstring(virsh(host, slot, "dumpxml", self._record.name).encode())
-            disks = [disk for disk in root.iterfind("devices/disk") if _get(disk, "target", "dev") in made]
-            return [self._read(host, disk, made[_get(disk, "target", "dev")]) for disk in disks]
-
-    def _read(self, host: Host, disk: etree._Element, pattern: Pattern) -> "_DiskRead":
-        target, image_format = _get(disk, "target", "dev"), _get(disk, "driver", "type")
-        node, path = host.node, _get(disk, "source", "file")
-        reader = DiskReader(node, path, image_format)
-        found = DiskFound(
-            target, node.name, path, image_format, reader.size_bytes, reader.allocated_bytes, reader.layers
-        )
-        has_journal = target == self._target
-        wrong, compared = compare(reader, pattern, skip_journal=has_journal)
-        if reader.size_bytes != pattern.size_mib * MIB:
-            wrong = (reader.size_bytes, *wrong)
-        journal = reader.read(REGION_BEGIN, PATTERN_BEGIN - REGION_BEGIN) if has_journal else b""
-        return _DiskRead(found, wrong[:WRONG_SHOWN], compared, journal)
 
     def _judge(self, seen: "_DiskRead", before: JournalCheck, after: JournalStatus) -> DiskCheck:
         journal = None
@@ -147,6 +125,47 @@ class _DiskRead:
     wrong_at: tuple[int, ...]
     compared_bytes: int
     journal: bytes
+
+
+def inspect(guests: Guests, name: str) -> tuple[DiskCheck, ...]:
+    """Compares every disk of a guest that writes nothing with what was made. Raises LabError, OSError."""
+    seen = _read_images(guests, name, "")
+    return tuple(DiskCheck(one.disk, one.wrong_at, one.compared_bytes) for one in seen)
+
+
+def _read_images(guests: Guests, name: str, journal_target: str) -> list[_DiskRead]:
+    host = guests.running_on(name)
+    made = {disk.target: disk.pattern for disk in guests.lab.guest(name).disks}
+    found = []
+    with _suspended(host, guests, name) as slot:
+        root = etree.fromstring(virsh(host, slot, "dumpxml", name).encode())
+        for disk in root.iterfind("devices/disk"):
+            target = _get(disk, "target", "dev")
+            if target in made:
+                found.append(_read(guests, host, disk, made[target], has_journal=target == journal_target))
+    return found
+
+
+def _read(guests: Guests, host: Host, disk: etree._Element, pattern: Pattern, *, has_journal: bool) -> _DiskRead:
+    node, path, image_format = host.node, _get(disk, "source", "file"), _get(disk, "driver", "type")
+    if disk.get("type") == "network":
+        storage = guests.fleet.storage
+        node, path = storage.node, str(storage.volumes / f"{_get(disk, 'source', 'name')}.raw")
+    reader = DiskReader(node, path, image_format)
+    found = DiskFound(
+        target=_get(disk, "target", "dev"),
+        host=node.name,
+        path=path,
+        format=image_format,
+        size_bytes=reader.size_bytes,
+        allocated_bytes=reader.allocated_bytes,
+        layers=reader.layers,
+    )
+    wrong, compared = compare(reader, pattern, skip_journal=has_journal)
+    if reader.size_bytes != pattern.size_mib * MIB:
+        wrong = (reader.size_bytes, *wrong)
+    journal = reader.read(REGION_BEGIN, min(PATTERN_BEGIN, reader.size_bytes) - REGION_BEGIN) if has_journal else b""
+    return _DiskRead(found, wrong[:WRONG_SHOWN], compared, journal)
 
 
 def compare(reader: DiskReader, pattern: Pattern, *, skip_journal: bool) -> tuple[tuple[int, ...], int]:

@@ -34,7 +34,8 @@ HIDDEN_FROM_HOSTS = ("/run", "/srv", "/proc", "/sys", "/etc", "/var/lib/libvirt"
 
 @dataclass(frozen=True, slots=True)
 class LabConfig:
-    """What `up` was asked for. `rates`: the link rate of a host, in tc's notation, where one was set."""
+    """What `up` was asked for. `rates`: the link rate of a host, in tc's notation, where one was set; `types`: the type
+    of a host, where it is not "standard"."""
 
     hosts: int = 3
     controllers: int = 2
@@ -42,6 +43,7 @@ class LabConfig:
     host_memory_mib: int = 2048
     agents: bool = True
     rates: dict[str, str] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

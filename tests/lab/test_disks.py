@@ -2,8 +2,7 @@
 
 import asyncio
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 
 import pytest
 from moves import Moves, Subject, story
@@ -13,7 +12,7 @@ from handoff.controller.v1.migrations_pb2 import Migration, MigrationOptions
 from handoff_controller.machine import State, state_of
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests, virsh
-from handoff_lab.host import program
+from handoff_lab.host import LOCAL_FOLDERS, program
 from handoff_lab.pattern import MIB
 from handoff_lab.proof import DiskProof, Verdict
 
@@ -57,8 +56,9 @@ class Disks:
         return migration
 
     def images(self, host: str) -> list[str]:
-        folder = self.subject.fleet.host(host).directory / "vms"
-        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        own = self.subject.fleet.host(host).directory
+        found = (path for folder in LOCAL_FOLDERS for path in (own / folder).rglob("*"))
+        return sorted(str(path.relative_to(own)) for path in found if path.is_file())
 
     def left_behind(self, host: str) -> list[str]:
         """Storage daemons."""
@@ -74,20 +74,6 @@ class Disks:
 
     async def virsh(self, host: str, *arguments: str) -> str:
         return await asyncio.to_thread(virsh, self.guests.fleet.host(host), "a", *arguments)
-
-
-@asynccontextmanager
-async def host_type(fleet: Fleet, host: str, settings: str) -> AsyncIterator[None]:
-    """The host is of the type "ssd", with these settings, for as long as the context lasts."""
-    file = fleet.host(host).directory / "etc/handoff/agent.toml"
-    before = file.read_text()
-    file.write_text(f'host_type = "ssd"\n{before}\n[host_types.ssd]\n{settings}\n')
-    try:
-        await asyncio.to_thread(fleet.host(host).restart, "agent")
-        yield
-    finally:
-        file.write_text(before)
-        await asyncio.to_thread(fleet.host(host).restart, "agent")
 
 
 async def test_there_and_back_while_the_guest_writes(moves: Moves, guests: Guests) -> None:
@@ -119,24 +105,25 @@ async def test_an_abort_while_disks_are_copied_leaves_nothing(moves: Moves, gues
 async def test_a_host_of_another_type_gets_another_format(moves: Moves, guests: Guests, fleet: Fleet) -> None:
     """qcow2 becomes raw elsewhere, flat; the definition there is right for the next cold boot, and the way back."""
     disks = await Disks.create(moves, guests, (DISKS[0], BACKED))
-    (fleet.host("h2").directory / "vms/ssd").mkdir()
-    async with host_type(fleet, "h2", 'folder = "/srv/vms/ssd"\nformat = "raw"'):
+    await asyncio.to_thread(fleet.set_type, "h2", "ark")
+    try:
         told = await asyncio.to_thread(_handoff, fleet, "migrate", "stateful", "--to", "h2", "--dry-run")
         assert "convert" in told
-        assert "/srv/vms/ssd/stateful-vda.raw" in told
+        assert "/srv/ark/stateful-vda.raw" in told
         assert await disks.subject.host() == "h1"
         migration = await disks.move()
         assert [move.strategy for move in migration.disks] == [CONVERT, CONVERT]
         verdict = await disks.must_be_whole_at("h2", "h1", other_has=1)  # what vdb was backed by may be others' too
         assert {(one.disk.path, one.disk.format, one.disk.layers) for one in verdict.disks} == {
-            ("/srv/vms/ssd/stateful-vda.raw", "raw", 1),
-            ("/srv/vms/ssd/stateful-vdb.raw", "raw", 1),
+            ("/srv/ark/stateful-vda.raw", "raw", 1),
+            ("/srv/ark/stateful-vdb.raw", "raw", 1),
         }
         assert verdict.disk("vda").allocated_bytes < 60 * MIB
         await disks.virsh("h2", "destroy", "stateful")
         await disks.virsh("h2", "start", "stateful")
         await asyncio.to_thread(guests.wait_ready, disks.subject.record)
-    (fleet.host("h2").directory / "vms/ssd").rmdir() if not disks.images("h2") else None
+    finally:
+        await asyncio.to_thread(fleet.set_type, "h2", "standard")
 
 
 async def test_a_guest_that_writes_faster_than_is_sent_is_slowed(moves: Moves, guests: Guests) -> None:

@@ -35,6 +35,7 @@ DEEPEST_CHAIN: Final = 8
 # qcow2's tables, and what the guest writes while the plan is carried out.
 SPACE_FACTOR: Final = 1.02
 SPACE_RESERVE_BYTES: Final = 64 << 20
+_PROTOCOLS: Final = {"nbd": "NBD", "rbd": "RBD", "iscsi": "iSCSI"}
 _SKIPPED: Final = (types.DISK_PLACEMENT_SHARED, types.DISK_PLACEMENT_NETWORK, types.DISK_PLACEMENT_EMPTY)
 
 
@@ -142,7 +143,8 @@ def _is_pulled(disk: pb.DiskFacts, *, fast: bool) -> bool:
 def _why_skipped(disk: pb.DiskFacts, site: Site) -> str:
     match disk.placement:
         case types.DISK_PLACEMENT_NETWORK:
-            return f"network volume: {site.host} opens the same one"
+            protocol, _, name = disk.source.partition(":")
+            return f"network volume {name} ({_PROTOCOLS.get(protocol, protocol)}): {site.host} opens the same one"
         case types.DISK_PLACEMENT_EMPTY:
             return "no medium"
         case _:

@@ -1,6 +1,6 @@
 """The disks of a guest that leaves: mirrored into the destination's exports until the guest is paused.
 
-prepare     a disk that will be pulled gets an overlay; its base is exported
+leaving     a disk that will be pulled gets an overlay; its base is exported
 begin       mirrors start; returns when all are in step with the guest
 ordered     the guest's writes wait for the destination: nothing is left when it is paused
 paused      mirrors end, complete
@@ -33,7 +33,7 @@ from handoff_agent.guests import parse_domain
 from handoff_agent.handoff import Handoff
 from handoff_agent.monitor import Json, Monitor
 from handoff_agent.slots import Slot
-from handoff_common.errors import PreconditionError
+from handoff_common.errors import DeadlineError, PreconditionError, UnavailableError
 
 LOOK_INTERVAL_S: Final = 0.5
 FIRST_LOOKS_S: Final = 0.05
@@ -81,7 +81,7 @@ class DepartingDisks(SourceCompanion):
     def _pulled(self) -> Sequence[pb.DiskMove]:
         return [move for move in moves_of(self._handoff.record) if move.strategy == PULL]
 
-    async def prepare(self) -> None:
+    async def leaving(self) -> None:
         """Gives disks that will be pulled their overlays, and exports what they are until now."""
         moves = moves_of(self._handoff.record)
         pulled = [move for move in moves if move.strategy == PULL]
@@ -109,7 +109,20 @@ class DepartingDisks(SourceCompanion):
         await self._handoff.change(disks=recorded(moves))
 
     async def begin(self) -> None:
-        """Mirrors all disks until they are in step. Raises PreconditionError when one can't be, with QEMU's reason."""
+        """Mirrors all disks until they are in step. Raises PreconditionError when one can't be, with QEMU's reason.
+
+        A libvirtd that is away is waited for: QEMU goes on without it.
+        """
+        while True:
+            try:
+                await self._begin()
+                return
+            except (UnavailableError, DeadlineError) as error:
+                self._handoff.log.warning("disks", error=error.message)
+                await self._slot.wait_connected(LOOK_INTERVAL_S)
+                await asyncio.sleep(LOOK_INTERVAL_S)
+
+    async def _begin(self) -> None:
         moved = self._moved()
         if not moved:
             return

@@ -12,19 +12,24 @@ from typing import cast
 
 import libvirt
 import pytest
-from test_handoffs import MEMORY_MIB, QEMU, Host, Move, _remove
+from test_handoffs import MEMORY_MIB, QEMU, Host, Move, _remove, frozen
 
 from handoff_agent.destination import DestinationHandoff
+from handoff_agent.disks.storage_daemon import StorageDaemon
+from handoff_agent.events import ConnectionEvent
 from handoff_agent.monitor import Monitor
 from handoff_agent.rules import (
     ACTIVE,
     DESTINATION,
+    FAILED,
     FINAL_STATES,
     FINALIZED,
     HELD,
     PREPARED,
     READY,
     RELEASED,
+    SOURCE,
+    TRANSFERRING,
     Call,
     State,
 )
@@ -216,3 +221,74 @@ async def test_a_pull_that_is_aborted_before_the_switch_was_never_tried(move: Mo
     assert holds(base, 7, 1)
     assert stage == HELD or holds(base, 9, 5)
     assert nothing_left(move)
+
+
+async def sending(move: Move) -> None:
+    """Returns while the disk is on its way."""
+    handoff = move.source.handoffs.get(move.id, SOURCE)
+    async with asyncio.timeout(30):
+        while not any(disk.done_bytes for disk in handoff.disk_progress):  # noqa: ASYNC110 - progress has no event
+            await asyncio.sleep(0.02)
+    assert handoff.state == TRANSFERRING
+
+
+@pytest.mark.parametrize("formats", [("qcow2", "raw")], ids=["qcow2-raw"])
+async def test_agents_and_libvirtd_that_end_in_the_copy_are_no_matter(move: Move) -> None:
+    """QEMU and the storage daemon go on, and are found again."""
+    move = replace(move, bandwidth=6 << 20)
+    await move.advance(TRANSFERRING)
+    await sending(move)
+    with frozen(move.source), move.source.slot.events() as events:
+        await move.source.restart()
+        await move.target.restart()
+        async with asyncio.timeout(20):
+            while not isinstance(await events.next(), ConnectionEvent):
+                pass
+    assert (await move.until(READY)).state == READY
+    await move.source.handoffs.source(move.id, Call.SWITCH_OVER).switch_over()
+    assert (await move.until(HELD)).state == HELD
+    await move.target.restart()
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    await destination.activate()
+    assert destination.state == ACTIVE
+    await move.source.restart()
+    await move.source.handoffs.source(move.id, Call.RELEASE).release()
+    await destination.finalize()
+    (arrived,) = images(move)[1]
+    await move.target.slot.on_domain(move.guest, lambda d: d.destroy())
+    assert holds(arrived, 7, 1)
+    assert nothing_left(move)
+
+
+@pytest.mark.parametrize("formats", [("qcow2", "qcow2")], ids=["qcow2"])
+async def test_a_pull_goes_on_after_the_guest_was_shut_down_and_the_agent_restarted(move: Move) -> None:
+    move = replace(move, fast=True)
+    move.target.pull_bytes_per_s = 4 << 20
+    await move.advance(HELD)
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    await destination.activate()
+    await move.target.restart()
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    assert destination.record.pulling
+    await move.target.slot.on_domain(move.guest, lambda d: d.destroy())
+    await pulled(destination)
+    await destination.finalize()
+    await move.source.handoffs.source(move.id, Call.RELEASE).release()
+    (arrived,) = images(move)[1]
+    assert holds(arrived, 7, 1)
+    await move.target.slot.on_domain(move.guest, lambda d: d.create())
+    assert nothing_left(move)
+
+
+@pytest.mark.parametrize("formats", [("qcow2", "qcow2")], ids=["qcow2"])
+async def test_a_destination_whose_exports_end_fails_the_copy(move: Move) -> None:
+    move = replace(move, bandwidth=6 << 20)
+    await move.advance(TRANSFERRING)
+    await sending(move)
+    await StorageDaemon(move.target.state_dir / "storage" / move.id / "images", move.target.threads).stop()
+    failed = await move.until(FAILED)
+    assert "disk vda could not be copied" in failed.message
+    assert await move.is_running(move.source)
+    await move.abort()
+    assert await left_in_qemu(move.source, move.guest) == []
+    assert images(move)[1] == []

@@ -114,6 +114,21 @@ def test_what_both_hosts_see_is_skipped(placement: types.DiskPlacement.ValueType
     assert move.bytes_to_send == 0
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nbd:web", "network volume web (NBD): h2 opens the same one"),
+        ("rbd:vms/web", "network volume vms/web (RBD)"),
+        ("iscsi:iqn.2026-01.example:web/1", "network volume iqn.2026-01.example:web/1 (iSCSI)"),
+        ("gluster:vol/web", "network volume vol/web (gluster)"),
+    ],
+)
+def test_a_network_volume_is_told_by_its_kind(source: str, words: str) -> None:
+    move = the_plan(disk(placement=types.DISK_PLACEMENT_NETWORK, kind="network", source=source), fast=True, place=SSD)
+    assert (move.strategy, move.path, move.bytes_to_send) == (SKIP, source, 0)
+    assert words in move.reason
+
+
 def test_fast_pulls_and_stays_qcow2() -> None:
     move = the_plan(disk(), fast=True, place=SSD)
     assert (move.strategy, move.path, move.format) == (PULL, "/srv/ssd/vda.qcow2", "qcow2")

@@ -86,6 +86,14 @@ def test_placement(disk: str, source: str, placement: types.DiskPlacement.ValueT
     assert (found.source, found.placement) == (source, placement)
 
 
+def test_servers_of_a_volume() -> None:
+    (disk,) = read(
+        "<domain><devices><disk type='network'><source protocol='rbd' name='p/a'><host name='m1' port='6789'/>"
+        "<host name='m2'/></source></disk></devices></domain>"
+    ).disks
+    assert list(disk.servers) == ["m1:6789", "m2:"]
+
+
 def test_layers_follow_the_chain_to_its_end() -> None:
     disk = parse_domain(
         "<domain><devices><disk type='file'><driver type='qcow2'/><source file='/t'/>"

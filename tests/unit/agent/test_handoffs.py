@@ -80,6 +80,8 @@ class Host:
             slots={"a": SlotSettings(uri=uri)},
             emulators=(EmulatorSettings(name="new", path=QEMU),),
         )
+        self.has_disks = disks is not None
+        self.pull_bytes_per_s = 0
         self.state_dir = state_dir
         self.listener = Listener("127.0.0.1", first_port, first_port + 7)
         self.storage_address = Address("127.0.0.1", first_port + 8, first_port + 15)
@@ -116,7 +118,9 @@ class Host:
             Ledger(self.state_dir),
             TermGuard(self.state_dir),
             HandoffChanges(),
-            DiskCompanions(StorageSettings(self.state_dir / "storage", self.storage_address, "root"), self.threads),
+            DiskCompanions(StorageSettings(self.state_dir / "storage", self.storage_address, "root"), self.threads)
+            if self.has_disks
+            else None,
         )
         await self.handoffs.open()
 
@@ -155,7 +159,12 @@ class Move:
         if goal == PREPARED:
             return
         prepared = await self.target.handoffs.prepare_destination(
-            self.id, source, "a", validate_only=False, fast=self.fast
+            self.id,
+            source,
+            "a",
+            validate_only=False,
+            fast=self.fast,
+            bandwidth_bytes_per_s=self.target.pull_bytes_per_s,
         )
         side = self.source.handoffs.source(self.id, Call.START_TRANSFER)
         handoff = prepared.handoff

@@ -55,7 +55,34 @@ def test_rich_guest_can_go_and_come() -> None:
     assert refusal(()) is None
 
 
+@pytest.mark.parametrize(
+    "disk",
+    [
+        "<disk type='network'><driver cache='none'/><source protocol='nbd' name='a'/><target dev='vda'/></disk>",
+        "<disk type='network'><driver cache='writeback'/><source protocol='rbd' name='p/a'/><target dev='vda'/></disk>",
+        "<disk type='network'><driver cache='directsync'/><source protocol='iscsi' name='i'/><target dev='a'/></disk>",
+        "<disk type='network' device='cdrom'><source protocol='https' name='a.iso'/><target dev='sda'/></disk>",
+    ],
+)
+def test_network_volumes_can_go(disk: str) -> None:
+    assert reasons_of_device(disk) == ()
+
+
 LEAVING = {
+    "volume with a cache": (
+        "<disk type='network'><driver name='qemu' cache='writeback'/><source protocol='nbd' name='a'>"
+        "<host name='s'/></source><target dev='vda'/></disk>",
+        "disk vda is a nbd volume with cache=writeback",
+    ),
+    "volume with libvirt's cache": (
+        "<disk type='network'><source protocol='iscsi' name='a'/><target dev='vda'/></disk>",
+        "disk vda is a iscsi volume with cache=default",
+    ),
+    "volume behind a local socket": (
+        "<disk type='network'><driver name='qemu' cache='none'/><source protocol='nbd' name='a'>"
+        "<host transport='unix' socket='/run/nbd'/></source><target dev='vda'/></disk>",
+        "disk vda is a nbd volume behind the socket /run/nbd of this host",
+    ),
     "local backing": (
         "<disk type='file'><source file='/srv/shared/top'/><backingStore type='file'><format type='raw'/>"
         "<source file='/srv/vms/base'/><backingStore/></backingStore><target dev='vda'/></disk>",

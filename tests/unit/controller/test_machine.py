@@ -124,7 +124,12 @@ def test_after_the_commit_only_proof_leads_back() -> None:
 def test_each_step_belongs_to_one_state() -> None:
     steps = [step for phase in PHASES.values() for step in phase.steps]
 
-    assert sorted(steps) == sorted(Step)
+    assert sorted(steps) == sorted(set(Step) - {Step.REVOKE_VOLUMES})
+
+
+def test_whichever_host_does_not_have_the_guest_loses_its_volumes_last() -> None:
+    assert [state for state, phase in PHASES.items() if phase.then] == [State.FINISHING, State.ABORTING]
+    assert {phase.then for phase in PHASES.values()} == {(), (Step.REVOKE_VOLUMES,)}
 
 
 @pytest.mark.parametrize("step", Step)

@@ -1,0 +1,216 @@
+"""`make bench-disks`: guests with a local disk, moved by us and by `virsh migrate --copy-storage-all`, into
+out/bench/disks.json.
+
+Every pair of formats, and three contents of a 1 GiB disk:
+
+    holes   192 MiB of data, the rest never written
+    zeros   192 MiB of data, 256 MiB of written zeros, the rest never written
+    half    512 MiB of data, the rest never written
+
+Each move is of a new guest, so that both find the same image. Of each are kept: the bytes that the source's host sent,
+by its interface's counter; those of the memory, by QEMU's count; what the image at the destination has allocated; the
+time until the command or the API says that it is done. Both are told the same rate, and `link_use` is the rate in the
+middle of the transfer by that. The disk's content is compared with what was made after each of our moves.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from bench.mover import Mover
+from bench.wire import Wire
+from handoff.controller.v1.migrations_pb2 import MigrationOptions
+from handoff_lab.fleet import Fleet
+from handoff_lab.guest import Guests, virsh
+from handoff_lab.pattern import MIB
+from handoff_lab.proof import inspect
+from handoff_lab.state import DEFAULT_PREFIX, GuestRecord, Lab
+
+REPORT = Path("out/bench/disks.json")
+LAB = Path("/var/tmp/handoff-bench-disks")
+FORMATS = ("raw", "qcow2")
+CONTENTS = {"holes": (192, 0), "zeros": (192, 256), "half": (512, 0)}
+SIZE_MIB, MEMORY_MIB = 1024, 128
+RATE_MIB_PER_S = 64
+DEADLINE_S = 300.0
+SETTLE_S = 1.0
+MOST_WIRE, MOST_ALLOCATED, LEAST_LINK_USE = 1.02, 1.02, 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One move. `wire`: what was sent beside the memory, by the disk's data; `allocated`: by the disk's data."""
+
+    total_ms: float
+    sent_bytes: int
+    ram_bytes: int
+    allocated_bytes: int
+    wire: float
+    allocated: float
+    link_use: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A kind of move."""
+
+    source: str
+    destination: str
+    content: str
+
+    @property
+    def name(self) -> str:
+        """Such as raw-qcow2-holes."""
+        return f"{self.source}-{self.destination}-{self.content}"
+
+    @property
+    def data_bytes(self) -> int:
+        """What has to be sent."""
+        return CONTENTS[self.content][0] * MIB
+
+
+class Bench:
+    """A fleet, and new guests on it."""
+
+    def __init__(self, fleet: Fleet, mover: Mover, release: str) -> None:
+        self._fleet = fleet
+        self._guests = Guests(fleet)
+        self._mover = mover
+        self._release = release
+
+    async def measure(self, cell: Cell) -> dict[str, dict[str, float]]:
+        """Both moves of one kind."""
+        await asyncio.to_thread(self._fleet.set_type, "h2", cell.destination)
+        ours = await self._of_new_guest(cell, "ours", self._ours)
+        virsh = await self._of_new_guest(cell, "virsh", self._virsh)
+        return {"ours": asdict(ours), "virsh": asdict(virsh)}
+
+    async def _of_new_guest(
+        self, cell: Cell, who: str, move: Callable[[GuestRecord, Cell], Coroutine[None, None, tuple[float, int]]]
+    ) -> Reading:
+        data_mib, zeros_mib = CONTENTS[cell.content]
+        disk = f"size={SIZE_MIB}M,format={cell.source},place=local,data={data_mib}M,zeros={zeros_mib}M"
+        create = self._guests.create
+        guest = await asyncio.to_thread(create, who, "h1", MEMORY_MIB, 1, (disk,), release=self._release)
+        try:
+            await self._mover.known(guest.name, "h1")
+            await asyncio.to_thread(os.sync)
+            await asyncio.sleep(SETTLE_S)
+            with Wire(self._fleet.node("h1")) as wire:
+                total_ms, ram_bytes = await move(guest, cell)
+            (found,) = await asyncio.to_thread(inspect, self._guests, guest.name)
+        finally:
+            await asyncio.to_thread(self._guests.delete, guest.name)
+        if not found.intact or found.disk.host != "h2" or found.disk.format != cell.destination:
+            raise click.ClickException(f"{cell.name}, {who}: the disk is not what it was: {found}")
+        reading = Reading(
+            total_ms=round(total_ms, 1),
+            sent_bytes=wire.sent_bytes,
+            ram_bytes=ram_bytes,
+            allocated_bytes=found.disk.allocated_bytes,
+            wire=round((wire.sent_bytes - ram_bytes) / cell.data_bytes, 4),
+            allocated=round(found.disk.allocated_bytes / cell.data_bytes, 4),
+            link_use=round(wire.middle_bytes_per_s() / (RATE_MIB_PER_S * MIB), 3),
+        )
+        click.echo(
+            f"{cell.name:18} {who:5} {reading.total_ms:8.0f} ms, wire {reading.wire:.3f}, "
+            f"allocated {reading.allocated:.3f}, link {reading.link_use:.2f}"
+        )
+        return reading
+
+    async def _ours(self, guest: GuestRecord, cell: Cell) -> tuple[float, int]:
+        options = MigrationOptions(bandwidth_bytes_per_s=RATE_MIB_PER_S * MIB)
+        migration, total_ms = await self._mover.move(guest.name, "h2", options)
+        return total_ms, migration.outcome.ram_bytes
+
+    async def _virsh(self, guest: GuestRecord, cell: Cell) -> tuple[float, int]:
+        return await asyncio.to_thread(self._virsh_at_once, guest, cell)
+
+    def _virsh_at_once(self, guest: GuestRecord, cell: Cell) -> tuple[float, int]:
+        """As an operator does it: an image of the right size there, and a definition that names it."""
+        source, destination = self._fleet.host("h1"), self._fleet.host("h2")
+        (disk,) = guest.disks
+        path = str(Path(disk.path).with_suffix(f".{cell.destination}"))
+        destination.node.run(["qemu-img", "create", "-q", "-f", cell.destination, path, disk.size])
+        xml = virsh(source, "a", "dumpxml", "--migratable", guest.name)
+        xml = xml.replace(f"type='{cell.source}' cache", f"type='{cell.destination}' cache").replace(disk.path, path)
+        (source.directory / "run/there.xml").write_text(xml)
+        command = [
+            *("virsh", "migrate", "--live", "--p2p", "--persistent", "--undefinesource", "--unsafe"),
+            *("--copy-storage-all", "--bandwidth", str(RATE_MIB_PER_S)),
+            *("--xml", "/run/there.xml", "--persistent-xml", "/run/there.xml"),
+            *(guest.name, f"qemu+tcp://10.10.0.{destination.index}/system"),
+        ]
+        began = time.monotonic()
+        source.node.run(command, deadline_s=DEADLINE_S)
+        total_ms = 1000 * (time.monotonic() - began)
+        statistics = virsh(destination, "a", "domjobinfo", guest.name, "--completed", "--rawstats")
+        (ram_bytes,) = (int(line.split()[-1]) for line in statistics.splitlines() if "memory_processed" in line)
+        return total_ms, ram_bytes
+
+
+def targets(cells: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
+    """The worst of ours, and our total time by virsh's. `link_use` counts where the data takes seconds."""
+    ours = {name: cell["ours"] for name, cell in cells.items()}
+    return {
+        "wire": max(reading["wire"] for reading in ours.values()),
+        "allocated": max(reading["allocated"] for reading in ours.values()),
+        "link_use": min((reading["link_use"] for name, reading in ours.items() if name.endswith("half")), default=0.0),
+        "total_by_virsh": max(
+            round(cell["ours"]["total_ms"] / cell["virsh"]["total_ms"], 3) for cell in cells.values()
+        ),
+    }
+
+
+async def run(fleet: Fleet, cells: list[Cell], release: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Measures all of them."""
+    async with Mover(fleet.lab, DEADLINE_S) as mover:
+        bench = Bench(fleet, mover, release)
+        return {cell.name: await bench.measure(cell) for cell in cells}
+
+
+@click.command()
+@click.option("--formats", multiple=True, metavar="FROM-TO", help="Only these, such as raw-qcow2; added to the report.")
+@click.option("--release", default="", metavar="NAME", help="QEMU build.  [default: the preferred one]")
+def main(formats: tuple[str, ...], release: str) -> None:
+    """Compares our moves of local disks with libvirt's own, in a lab of its own."""
+    lab = Lab(
+        Path(os.environ.get("HANDOFF_BENCH_DIR") or LAB), Path(os.environ.get("HANDOFF_PREFIX") or DEFAULT_PREFIX)
+    )
+    cells = [
+        Cell(source, destination, content)
+        for source in FORMATS
+        for destination in FORMATS
+        for content in CONTENTS
+        if not formats or f"{source}-{destination}" in formats
+    ]
+    fleet = Fleet(lab)
+    try:
+        fleet.up(hosts=2, controllers=1, etcd=1)
+        found = asyncio.run(run(fleet, cells, release))
+    finally:
+        fleet.down()
+    name = lab.release(release).name
+    report = json.loads(REPORT.read_text()) if formats and REPORT.exists() else {}
+    measured = {**report.get(name, {}).get("cells", {}), **found}
+    report[name] = {"targets": targets(measured), "cells": measured}
+    report["rate_mib_per_s"], report["load_average"] = RATE_MIB_PER_S, os.getloadavg()
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    REPORT.write_text(json.dumps(report, indent=2) + "\n")
+    click.echo(
+        f"worst of QEMU {name}: {report[name]['targets']} (targets: wire ≤ {MOST_WIRE}, allocated ≤ {MOST_ALLOCATED}, "
+        f"link use ≥ {LEAST_LINK_USE}); details in {REPORT}"
+    )
+
+
+if __name__ == "__main__":
+    if os.geteuid() != 0:
+        sys.exit("bench: the lab needs root")
+    main()

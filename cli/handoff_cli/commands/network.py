@@ -14,7 +14,10 @@ from handoff_cli.run import run
 @click.argument("host", metavar="HOST")
 @common_options
 def command(common: Common, host: str) -> None:
-    """Show the tenants' networks as HOST has them: its ports, all others, and where frames to each go."""
+    """Show the tenants' networks as one host has them.
+
+    All ports of the fleet, which of them are on HOST, and where HOST sends frames to each.
+    """
 
     async def work(controllers: Controllers) -> Exit:
         network = (await controllers.network(host)).network

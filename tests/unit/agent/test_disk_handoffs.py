@@ -344,13 +344,13 @@ async def test_what_stands_in_the_way_is_seen_before_anything_is_touched(move: M
     (there / "a.raw").write_text("somebody else's")
     await refused("a.raw on host h2, where that file exists")
     (there / "a.raw").unlink()
-    there.rename(there.with_name("moved"))
+    os.rename(there, there.with_name("moved"))
     await refused("has no such folder")
-    there.with_name("moved").rename(there)
+    os.rename(there.with_name("moved"), there)
     nodes = await Monitor(move.source.slot, move.guest).execute("query-block")
     (node,) = [each["inserted"]["node-name"] for each in cast(list[dict[str, dict[str, str]]], nodes)]
     snapshot = {"device": node, "name": "before-upgrade"}
     await Monitor(move.source.slot, move.guest).execute("blockdev-snapshot-internal-sync", snapshot)
     await refused("disk vda has 1 snapshots inside")
     assert images(move)[1] == []
-    assert not list((move.target.state_dir / "handoffs").iterdir())
+    assert not move.target.handoffs.all()

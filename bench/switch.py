@@ -3,7 +3,8 @@ frames follow it (see ways.py). In turns, so that all meet the same machine.
 
 Of each move are kept:
 
-    pause_ms          how far the guest's own clock fell behind, by the answers around the longest gap
+    pause_ms          from the first to the last tick that the guest missed, of one each millisecond, on our clock
+    still_ms          of that, how long its own clock stood still, by the quickest echoes before and after
     stop_resume_ms    from STOP at the source to RESUME at the destination, by both QEMUs' own time stamps
     host, gateway     a datagram every millisecond, from a third host and from outside of the fabric: the longest time
                       without an answer, that less the pause, lost, duplicated, out of order, and answers that waited
@@ -12,12 +13,14 @@ Of each move are kept:
 
 The parts follow each other, from the last answer of the source to the first of the destination:
 
-    unheard           frames are sent on already, the guest still runs
-    stopping          STOP until QEMU was told to send the rest
-    last_memory       until the source's QEMU knows that the destination's has loaded everything (return path)
-    commit            the agent hears of it and tells the leader, who writes it into etcd
-    activation        the leader tells the destination's agent, and that QEMU, to run the guest
-    first_answer      RESUME until the first answer arrives at the third host
+    unheard           frames are sent on already, the guest still runs (less: the last answers arrive after STOP)
+    stopping          QEMU's: STOP until it has come to its last pass
+    continuing        ours: the agent hears of it, and tells QEMU to send the rest
+    last_memory       QEMU's: until the source knows that the destination has loaded everything (return path)
+    commit            ours: the agent hears of it and tells the leader, who writes it into etcd
+    activation        ours: the leader tells the destination's agent, and that QEMU, to run the guest
+    catching_up       the guest's: RESUME until it ticks on time again; without KVM, QEMU translates all its code anew
+    first_answer      from then until the first answer arrives at the third host (less: it arrived before)
 """
 
 import asyncio
@@ -50,7 +53,7 @@ from handoff_lab import gateway
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
 from handoff_lab.networks import RED, TENANT, network_named
-from handoff_lab.probe import PingProbe, TcpSession, UdpProbe, UdpResult
+from handoff_lab.probe import GuestControl, PingProbe, Stall, TcpSession, UdpProbe, UdpResult
 from handoff_lab.state import DEFAULT_PREFIX, GuestRecord, Lab
 
 REPORT = Path("out/bench/switch.json")
@@ -63,7 +66,11 @@ DEADLINE_S = 120.0
 BEFORE_S, AFTER_S = 0.6, 0.6
 SETTLE_S = 0.5
 MOST_GAP_MS, MOST_BESIDE_PAUSE_MS = 100.0, 10.0
-PARTS = ("unheard", "stopping", "last_memory", "commit", "activation", "first_answer")
+PARTS = (*("unheard", "stopping", "continuing", "last_memory", "commit", "activation", "catching_up", "first_answer"),)
+OURS = ("continuing", "commit", "activation")
+# Missed ticks that are no further apart are of one pause.
+ON_TIME_MS = 5.0
+INEXACT_MS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,7 @@ class View:
 
     gap_ms: float
     gap_less_pause_ms: float
+    gap_less_still_ms: float
     sent: int
     lost: int
     duplicated: int
@@ -79,11 +87,11 @@ class View:
     waited: int
 
     @classmethod
-    def of(cls, seen: UdpResult, pause_ms: float) -> "View":
+    def of(cls, seen: UdpResult, pause_ms: float, still_ms: float) -> "View":
         """Rounded."""
         gap_ms = seen.longest_gap_ms
-        beside = round(gap_ms - pause_ms, 1)
-        return cls(round(gap_ms, 1), beside, seen.sent, seen.lost, seen.duplicated, seen.late, seen.waited)
+        beside = (round(gap_ms - pause_ms, 1), round(gap_ms - still_ms, 1))
+        return cls(round(gap_ms, 1), *beside, seen.sent, seen.lost, seen.duplicated, seen.late, seen.waited)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +103,8 @@ class Reading:
     destination: str
     total_ms: float
     pause_ms: float
-    pause_inexact_ms: float
+    still_ms: float
+    inexact_ms: float
     stop_resume_ms: float
     host: View
     gateway: View
@@ -133,6 +142,8 @@ class Bench:
         site = Site(self._fleet, guest)
         await asyncio.to_thread(site.prepare, way, source, destination)
         pauses.clear()
+        inside = GuestControl(self._fleet.node(OBSERVER), guest.ip)
+        await inside.ticks(reset=True)
         lab, observer, gw = self._fleet.lab, self._fleet.node(OBSERVER), self._fleet.node(gateway.NAME)
         network = network_named(guest.network)
         assert network is not None
@@ -151,23 +162,27 @@ class Bench:
             await asyncio.sleep(AFTER_S)
             host_saw, gateway_saw, ping_saw = await asyncio.gather(from_host.stop(), from_outside.stop(), ping.stop())
             tcp_saw = await tcp.close()
+        stalls = await inside.stalls()
         self._at[guest.name] = destination
         ends = await asyncio.to_thread(pauses.ends, source, destination)
-        best = min((host_saw, gateway_saw), key=lambda seen: seen.inexact_ms or float("inf"))
+        views = (host_saw.standstill(*ends), gateway_saw.standstill(*ends))
+        still = min((view for view in views if view is not None), key=lambda view: view.inexact_ms)
+        pause_ms = still.length_ms + missed_ticks_ms(stalls, still.guest_ns)
         return Reading(
             way=way.value,
             source=source,
             destination=destination,
             total_ms=round(total_ms, 1),
-            pause_ms=round(best.pause_ms, 1),
-            pause_inexact_ms=round(best.inexact_ms, 1),
+            pause_ms=round(pause_ms, 1),
+            still_ms=round(still.length_ms, 1),
+            inexact_ms=round(still.inexact_ms, 1),
             stop_resume_ms=round(1000 * (ends[1] - ends[0]), 1),
-            host=View.of(host_saw, best.pause_ms),
-            gateway=View.of(gateway_saw, best.pause_ms),
-            ping=View.of(ping_saw, best.pause_ms),
+            host=View.of(host_saw, pause_ms, still.length_ms),
+            gateway=View.of(gateway_saw, pause_ms, still.length_ms),
+            ping=View.of(ping_saw, pause_ms, still.length_ms),
             tcp_silence_ms=round(tcp_saw.longest_silence_ms, 1),
             tcp_survived=tcp_saw.survived,
-            parts_ms=_parts(host_saw, ends, pauses, source, done),
+            parts_ms=_parts(host_saw, ends, pause_ms - still.length_ms, pauses, source, done),
             by_record_ms={
                 "paused_to_held": round(done.outcome.paused_to_held_ms, 1),
                 "held_to_committed": round(done.outcome.held_to_committed_ms, 1),
@@ -215,20 +230,38 @@ class Bench:
 
 
 def _parts(
-    seen: UdpResult, ends: tuple[float, float], pauses: PauseWatch, source: str, done: Migration
+    seen: UdpResult, ends: tuple[float, float], catching_up_ms: float, pauses: PauseWatch, source: str, done: Migration
 ) -> dict[str, float]:
     """See above; empty where something was not announced, as by a QEMU that is too old."""
     stopped_s, resumed_s = ends
-    told_s, sent_s = pauses.last(source, "MIGRATION device"), pauses.last(source, "MIGRATION completed")
+    announced = [pauses.last(source, f"MIGRATION {state}") for state in ("pre-switchover", "device", "completed")]
     committed = next((change.time for change in done.timeline if change.state == State.COMMITTED.value), None)
-    if told_s is None or sent_s is None or committed is None:
+    heard = [moment for moment in announced if moment is not None]
+    if len(heard) < len(announced) or committed is None:
         return {}
     gap = seen.longest_gap
     moments = (
-        *(gap.began_at_s, stopped_s, told_s, sent_s, committed.ToNanoseconds() / 1e9, resumed_s),
+        *(gap.began_at_s, stopped_s, *heard, committed.ToNanoseconds() / 1e9, resumed_s),
+        resumed_s + catching_up_ms / 1000,
         gap.began_at_s + gap.length_ms / 1000,
     )
     return {name: round(1000 * (end - begin), 1) for name, (begin, end) in zip(PARTS, pairwise(moments), strict=True)}
+
+
+def missed_ticks_ms(stalls: list[Stall], stopped_ns: int) -> float:
+    """How long the guest missed ticks around the moment at which its clock stood still, by that clock: from the last
+    tick before it until those of ON_TIME_MS were on time. 0 when it missed none but those of its standstill.
+    """
+    near_ns, apart_ns = int(INEXACT_MS * 1e6), int(ON_TIME_MS * 1e6)
+    began_ns = ended_ns = 0
+    for stall in sorted(stalls, key=lambda each: each.began_ns):
+        end_ns = stall.began_ns + stall.length_ns
+        if not ended_ns:
+            if stall.began_ns <= stopped_ns + near_ns and end_ns >= stopped_ns - near_ns:
+                began_ns, ended_ns = stall.began_ns, end_ns
+        elif stall.began_ns <= ended_ns + apart_ns:
+            ended_ns = end_ns
+    return (ended_ns - began_ns) / 1e6
 
 
 def _line(reading: Reading) -> str:
@@ -237,7 +270,7 @@ def _line(reading: Reading) -> str:
 
     return (
         f"{reading.way:9} {reading.source}→{reading.destination} pause {reading.pause_ms:6.1f}"
-        f" ±{reading.pause_inexact_ms:.1f} (STOP to RESUME {reading.stop_resume_ms:6.1f});"
+        f" (clock {reading.still_ms:6.1f} ±{reading.inexact_ms:.1f}, STOP to RESUME {reading.stop_resume_ms:6.1f});"
         f" {view('third host', reading.host)}; {view('gateway', reading.gateway)}"
     )
 
@@ -257,6 +290,7 @@ def summary(readings: list[Reading]) -> dict[str, object]:
         return {
             "gap_ms": spread([view.gap_ms for view in views]),
             "gap_less_pause_ms": spread([view.gap_less_pause_ms for view in views]),
+            "gap_less_still_ms": spread([view.gap_less_still_ms for view in views]),
             "lost": spread([view.lost for view in views]),
             "duplicated": spread([view.duplicated for view in views]),
             "late": spread([view.late for view in views]),
@@ -267,6 +301,7 @@ def summary(readings: list[Reading]) -> dict[str, object]:
     return {
         "moves": len(readings),
         "pause_ms": spread([reading.pause_ms for reading in readings]),
+        "still_ms": spread([reading.still_ms for reading in readings]),
         "stop_resume_ms": spread([reading.stop_resume_ms for reading in readings]),
         "total_ms": spread([reading.total_ms for reading in readings]),
         "third_host": figures([reading.host for reading in readings]),
@@ -275,6 +310,7 @@ def summary(readings: list[Reading]) -> dict[str, object]:
         "tcp_silence_ms": spread([reading.tcp_silence_ms for reading in readings]),
         "tcp_survived": sum(reading.tcp_survived for reading in readings),
         "parts_ms": {name: spread([parts[name] for parts in told]) for name in PARTS} if told else {},
+        "ours_ms": spread([sum(parts[name] for name in OURS) for parts in told]) if told else {},
         "by_record_ms": {
             name: spread([reading.by_record_ms[name] for reading in readings]) for name in readings[0].by_record_ms
         },
@@ -304,8 +340,8 @@ def tables(by_way: dict[str, list[Reading]]) -> list[Table]:
     def cell(values: list[float], digits: int = 1) -> str:
         return " / ".join(f"{value:.{digits}f}" for value in spread(values).values())
 
-    gaps = Table("way", "guest's pause", box=None, title="ms: median / p95 / max", title_justify="left")
-    for column in ("gap, third host", "less pause", "gap, gateway", "less pause"):
+    gaps = Table("way", box=None, title="ms: median / p95 / max", title_justify="left")
+    for column in ("pause", "clock stood still", "gap, third host", "less pause", "gap, gateway", "less pause"):
         gaps.add_column(column, justify="right")
     packets = Table("way", box=None, title="datagrams a move: median / p95 / max", title_justify="left")
     for column in ("lost, third host", "lost, gateway", "twice, third host", "twice, gateway", "TCP sessions kept"):
@@ -315,6 +351,7 @@ def tables(by_way: dict[str, list[Reading]]) -> list[Table]:
         gaps.add_row(
             way,
             cell([reading.pause_ms for reading in readings]),
+            cell([reading.still_ms for reading in readings]),
             cell([reading.host.gap_ms for reading in readings]),
             cell([reading.host.gap_less_pause_ms for reading in readings]),
             cell([reading.gateway.gap_ms for reading in readings]),

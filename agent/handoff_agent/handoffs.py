@@ -40,7 +40,7 @@ from handoff_agent.rules import (
 from handoff_agent.slots import Hypervisor, Slot
 from handoff_agent.source import SourceHandoff
 from handoff_agent.survey import LOCAL_METHODS
-from handoff_common.errors import HandoffError, InvalidArgumentError, NotFoundError, PreconditionError
+from handoff_common.errors import HandoffError, InvalidArgumentError, NotFoundError, PreconditionError, UnavailableError
 
 log = structlog.get_logger()
 
@@ -180,6 +180,8 @@ class Handoffs:
         self, migration_id: str, uuid: str, *, local: bool, disks: Sequence[DiskMove]
     ) -> tuple[Handoff, pb.SourceGuest]:
         self._refuse_second(migration_id, SOURCE, uuid)
+        if (leftover := self._leftover(migration_id, uuid, DESTINATION)) is not None:
+            raise UnavailableError(leftover)
         guest = await self._departures.examine(uuid, local=local)
         record = Record(
             migration_id=migration_id,
@@ -226,6 +228,8 @@ class Handoffs:
         slot_name = slot_name or DEFAULT_SLOT
         folder = self._sockets.folder(migration_id)
         if validate_only:
+            if (leftover := self._leftover(migration_id, guest.domain.uuid, SOURCE, DESTINATION)) is not None:
+                raise PreconditionError(leftover)
             arrival = await self._arrivals.examine(guest, slot_name, method, emulator, fast=fast)
             return pb.PrepareDestinationResponse(
                 handoff=pb.Handoff(disks=arrival.disks), cpr_obstacles=arrival.cpr_obstacles
@@ -233,6 +237,8 @@ class Handoffs:
         async with self._preparing:
             if not self._proceeds(migration_id, DESTINATION):
                 return pb.PrepareDestinationResponse(handoff=self.get(migration_id, DESTINATION).to_message())
+            if (leftover := self._leftover(migration_id, guest.domain.uuid, SOURCE, DESTINATION)) is not None:
+                raise UnavailableError(leftover)
             arrival = await self._arrivals.examine(guest, slot_name, method, emulator, cpr_socket(folder), fast=fast)
             record = Record(
                 migration_id=migration_id,
@@ -313,6 +319,17 @@ class Handoffs:
                     f"guest {record.domain_name} is part of migration {record.migration_id}; wait for its end, or"
                     " cancel it"
                 )
+
+    def _leftover(self, migration_id: str, uuid: str, *roles: Role) -> str | None:
+        """What an earlier migration of the guest still has to settle here: its orders would reach the new copy."""
+        for record in (handoff.record for handoff in self._handoffs.values()):
+            is_other = record.domain_uuid == uuid and record.migration_id != migration_id
+            if is_other and record.role in roles and record.state not in FINAL_STATES:
+                return (
+                    f"what migration {record.migration_id} left of guest {record.domain_name} on this host is not"
+                    " settled yet; the leader does that within seconds of reaching the host: try again then"
+                )
+        return None
 
     def _check_id(self, migration_id: str) -> None:
         if not _ID.fullmatch(migration_id):

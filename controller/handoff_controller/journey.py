@@ -1,7 +1,6 @@
 """One migration on its way, as the steps of its driver share it: its record, its two agents, and patience with them."""
 
 import asyncio
-import math
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from datetime import datetime
@@ -58,7 +57,7 @@ class Journey:
         """When the source was held, by the loop's clock; None when another leader saw it."""
         self.committed_at: float | None = None
         self._heard_clock_ms = 0
-        self._heard_at = 0.0
+        self._heard_at = asyncio.get_running_loop().time()
         self._is_fresh = False
         self.log = log.bind(migration=migration.id, guest=migration.guest_name, term=fence.term)
 
@@ -81,8 +80,8 @@ class Journey:
         return handoff
 
     def since_heard_s(self) -> float:
-        """How long ago the destination's agent was last seen by `see_destination`; very long if it never was."""
-        return asyncio.get_running_loop().time() - self._heard_at if self._heard_at else math.inf
+        """How long ago the destination's agent was last seen by us, or may have been by another leader."""
+        return asyncio.get_running_loop().time() - self._heard_at
 
     async def activate(self) -> Handoff:
         """Tells the destination to run the guest, with a fresh word of its own: an older order is refused."""

@@ -49,12 +49,17 @@ class Settler:
             handoffs = await agent.list_handoffs()
             open_ones = [one for one in handoffs if one.state not in SETTLED]
             left = [one for one in open_ones if not self._driven(one.migration_id)]
-            problems = await asyncio.gather(*(self._settle(agent, handoff) for handoff in left))
         except HandoffError as error:
             log.warning("leftovers not settled", host=agent.name, error=error.message)
             return []
+        outcomes = await asyncio.gather(*(self._settle(agent, handoff) for handoff in left), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, HandoffError):
+                log.warning("a leftover is not settled", host=agent.name, error=outcome.message)
+            elif isinstance(outcome, BaseException):
+                raise outcome
         self.unsettled[agent.name] = frozenset(one.migration_id for one in open_ones)
-        return [problem for problem in problems if problem]
+        return [outcome for outcome in outcomes if isinstance(outcome, str) and outcome]
 
     async def _settle(self, agent: GrpcAgent, handoff: Handoff) -> str:
         migration = await self._reader.find_migration(handoff.migration_id)

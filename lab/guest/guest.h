@@ -28,6 +28,7 @@ void net_status(char *out, size_t size);
 void ticks_start(void);
 void ticks_status(char *out, size_t size);
 void ticks_reset(void);
+void ticks_stalls(char *out, size_t size);
 
 void dirty_set(unsigned mib, double mib_per_s, char *out, size_t size);
 void dirty_off(char *out, size_t size);

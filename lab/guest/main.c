@@ -45,6 +45,7 @@ static void answer(char *line, char *out, size_t size) {
   else if (!strcmp(line, "uptime")) snprintf(out, size, "{\"monotonic_ns\": %lu}", now_ns());
   else if (!strcmp(line, "boot-id")) boot_id(id, sizeof id), snprintf(out, size, "{\"boot_id\": \"%s\"}", id);
   else if (!strcmp(line, "ticks")) ticks_status(out, size);
+  else if (!strcmp(line, "stalls")) ticks_stalls(out, size);
   else if (!strcmp(line, "ticks reset")) ticks_reset(), ticks_status(out, size);
   else if (!strcmp(line, "dirty off")) dirty_off(out, size);
   else if (sscanf(line, "dirty %u %lf", &mib, &rate) == 2 && mib > 0 && rate >= 0) dirty_set(mib, rate, out, size);
@@ -53,13 +54,13 @@ static void answer(char *line, char *out, size_t size) {
   else if (sscanf(line, "journal start %lf %u %63s", &rate, &span, device) >= 2) journal_start(device, rate, span, out, size);
   else
     snprintf(out, size,
-             "{\"error\": \"commands: status, uptime, boot-id, ticks [reset], dirty MIB MIB_PER_S, dirty off, "
+             "{\"error\": \"commands: status, uptime, boot-id, ticks [reset], stalls, dirty MIB MIB_PER_S, dirty off, "
              "journal start MIB_PER_S SPAN_MIB [DEVICE], journal stop, journal verify\"}");
 }
 
 static void *control_session(void *argument) {
   FILE *in = fdopen((int)(intptr_t)argument, "r"), *out = fdopen(dup((int)(intptr_t)argument), "w");
-  char line[256], reply[2048];
+  char line[256], reply[4096];
   while (in && out && fgets(line, sizeof line, in)) {
     answer(line, reply, sizeof reply);
     if (fprintf(out, "%s\n", reply) < 0 || fflush(out)) break;

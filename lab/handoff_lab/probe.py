@@ -27,6 +27,7 @@ ECHO_PORT = 7
 COUNTER_PORT = 9
 CONTROL_PORT = 5000
 CONTROL_DEADLINE_S = 30.0
+CLOCK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +39,29 @@ class Gap:
 
 
 @dataclass(frozen=True, slots=True)
+class ClockReading:
+    """By an answer that came at `at_s` after `took_ms`, our wall clock is ahead of the guest's own by `ahead_ns`."""
+
+    at_s: float
+    took_ms: float
+    ahead_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Standstill:
+    """For how long the guest's own clock stood still, good to `inexact_ms`, and what it showed when it stopped."""
+
+    length_ms: float
+    inexact_ms: float
+    guest_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class UdpResult:
     """What a UdpProbe or PingProbe saw. `late`: answers that came after the answer to a later datagram. `waited`: those
     that took at least as long as a gap.
 
-    `pause_ms`: by how much the guest's own clock, which stands still while the guest does, fell behind over the longest
-    gap, good to `inexact_ms`. 0 for pings, which don't tell.
+    `clock`: one reading each tenth of a second, in their order; none from pings.
     """
 
     sent: int
@@ -55,8 +73,7 @@ class UdpResult:
     mean_ms: float
     slowest_ms: float
     waited: int
-    pause_ms: float
-    inexact_ms: float
+    clock: tuple[ClockReading, ...]
 
     @property
     def lost(self) -> int:
@@ -67,6 +84,22 @@ class UdpResult:
     def longest_gap_ms(self) -> float:
         """The longest time between two answers."""
         return self.longest_gap.length_ms
+
+    def standstill(self, began_s: float, ended_s: float) -> Standstill | None:
+        """Of a guest that was stopped then, on the wall clock; by the quickest answers in the second before and after.
+
+        None without answers.
+        """
+        before = [each for each in self.clock if began_s - CLOCK_S <= each.at_s <= began_s]
+        after = [each for each in self.clock if ended_s <= each.at_s <= ended_s + CLOCK_S]
+        if not before or not after:
+            return None
+        then, now = (min(readings, key=lambda each: each.took_ms) for readings in (before, after))
+        return Standstill(
+            length_ms=(now.ahead_ns - then.ahead_ns) / 1e6,
+            inexact_ms=(now.took_ms + then.took_ms) / 2,
+            guest_ns=int(began_s * 1e9) - then.ahead_ns,
+        )
 
 
 class UdpProbe:
@@ -143,7 +176,9 @@ def _udp_result(raw: dict[str, int | list[list[int]]]) -> UdpResult:
         return value
 
     gaps = raw["gaps"]
+    clock = raw["clock"]
     assert isinstance(gaps, list)
+    assert isinstance(clock, list)
     return UdpResult(
         sent=number("sent"),
         received=number("received"),
@@ -154,8 +189,7 @@ def _udp_result(raw: dict[str, int | list[list[int]]]) -> UdpResult:
         mean_ms=number("mean_ns") / 1e6,
         slowest_ms=number("slowest_ns") / 1e6,
         waited=number("waited"),
-        pause_ms=number("pause_ns") / 1e6,
-        inexact_ms=number("inexact_ns") / 1e6,
+        clock=tuple(ClockReading(at_ns / 1e9, took_ns / 1e6, ahead_ns) for at_ns, took_ns, ahead_ns in clock),
     )
 
 
@@ -304,6 +338,14 @@ class Ticks:
 
 
 @dataclass(frozen=True, slots=True)
+class Stall:
+    """The guest ticked, and for at least 3 ms not again; by its own clock, which stands still in a pause."""
+
+    began_ns: int
+    length_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class DirtyStatus:
     """The memory dirtier. Any `bad_pages` are writes that were lost."""
 
@@ -432,3 +474,7 @@ class GuestControl:
     async def ticks(self, reset: bool = False) -> Ticks:
         """The tick recorder; with `reset`, starts a new measurement."""
         return Ticks(**json.loads(await self.call("ticks reset" if reset else "ticks")))
+
+    async def stalls(self) -> list[Stall]:
+        """The last 64 since the tick recorder was reset."""
+        return [Stall(*each) for each in json.loads(await self.call("stalls"))["stalls"]]

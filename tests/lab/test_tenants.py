@@ -28,6 +28,7 @@ pytestmark = pytest.mark.lab
 
 OURS = "cookie=0x48ff000000000000/0xffff000000000000"
 SWITCH_DEADLINE_S = 1
+INTERVAL_MS = 4
 
 
 @pytest.fixture
@@ -57,8 +58,10 @@ async def answers(fleet: Fleet, host: str, address: str, interface: str, source:
     """Whether the guest's echo answers one of ten datagrams that leave by an interface, from an address."""
 
     def ask() -> bool:
-        with NetNamespace.of(fleet.node(host)) as network, network.socket(socket.SOCK_DGRAM) as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+        with (
+            NetNamespace.of(fleet.node(host)) as network,
+            network.socket(kind=socket.SOCK_DGRAM, interface=interface) as client,
+        ):
             if source:
                 client.bind((source, 0))
             client.settimeout(0.1)
@@ -76,9 +79,12 @@ async def answers(fleet: Fleet, host: str, address: str, interface: str, source:
 
 @asynccontextmanager
 async def probed(subject: Subject, *nodes: str) -> AsyncIterator[list[UdpProbe]]:
-    """Datagrams each millisecond, from all of these nodes."""
+    """Datagrams from all of these nodes. As many as busy cores can carry: the bench sends one each millisecond."""
     fleet = subject.fleet
-    probes = [UdpProbe(fleet.lab, fleet.node(node), subject.record.ip, interface=RED.interface) for node in nodes]
+    probes = [
+        UdpProbe(fleet.lab, fleet.node(node), subject.record.ip, INTERVAL_MS * 1000, interface=RED.interface)
+        for node in nodes
+    ]
     try:
         for probe in probes:
             await probe.__aenter__()
@@ -199,7 +205,7 @@ async def test_a_pause_that_is_broken_off_turns_the_frames_back(tenant: Subject,
     assert result.duplicated == 0
     assert result.longest_gap_ms < migration.outcome.downtime_ms + 300
     # What went to the destination meanwhile is lost with it.
-    assert result.lost < result.longest_gap_ms + 100
+    assert result.lost * INTERVAL_MS < result.longest_gap_ms + 100
 
 
 async def test_an_agent_that_dies_in_the_pause_finds_where_the_frames_have_to_go(tenant: Subject, fleet: Fleet) -> None:

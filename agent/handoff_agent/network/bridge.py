@@ -52,6 +52,7 @@ class Bridge:
         self._changed = asyncio.Event()
         self._ports_changed: set[asyncio.Event] = set()
         self._installed: dict[int, frozenset[Flow]] = {}
+        self._uncertain = False
         self._lock = asyncio.Lock()
 
     @property
@@ -95,7 +96,10 @@ class Bridge:
         async with self._lock:
             if self._connection is None:
                 raise UnavailableError(f"no connection to the bridge at {self._path}: {self.message}")
-            await self._put(self._connection, self._wishes.wanted(tunnels))
+            if self._uncertain:
+                await self._compare(self._connection)
+            else:
+                await self._put(self._connection, self._wishes.wanted(tunnels))
 
     def send(self, actions: Sequence[SetField | Output], frame: bytes) -> None:
         """Sends a frame of our own, if there is a connection."""
@@ -107,8 +111,18 @@ class Bridge:
         after = _all(wanted.values())
         added, removed = after - before, before - after
         if added or removed:
-            await connection.apply(tuple(added), [cookie(flow) for flow in removed])
+            await self._apply(connection, tuple(added), [cookie(flow) for flow in removed])
         self._installed.update(wanted)
+
+    async def _apply(self, connection: OpenFlowConnection, added: Sequence[Flow], removed: Sequence[int]) -> None:
+        """Of an attempt whose end was not seen nobody knows what it did: the switch is asked before the next."""
+        self._uncertain = True
+        try:
+            await connection.apply(added, removed)
+        except PreconditionError:
+            self._uncertain = False
+            raise
+        self._uncertain = False
 
     async def _serve(self) -> None:
         connection = await OpenFlowConnection.open(self._path, self._on_port)
@@ -143,7 +157,7 @@ class Bridge:
         await self._wishes.look()
         async with self._lock:
             try:
-                if is_change:
+                if is_change and not self._uncertain:
                     await self._put(connection, self._wishes.wanted())
                 else:
                     await self._compare(connection)
@@ -160,8 +174,9 @@ class Bridge:
         surplus = [number for number in there if number not in flows]
         if missing or surplus:
             log.info("flows put right", missing=len(missing), surplus=len(surplus))
-            await connection.apply(missing, surplus)
+            await self._apply(connection, missing, surplus)
         self._installed = dict(wanted)
+        self._uncertain = False
         self.message = ""
 
     def _on_port(self, present: bool, port: PortDescription) -> None:

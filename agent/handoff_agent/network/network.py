@@ -16,13 +16,13 @@ from typing import Final, TypeVar
 
 import structlog
 
-from handoff_agent.network import plumbing
 from handoff_agent.network.bridge import Bridge, Flows
 from handoff_agent.network.flow import Output
 from handoff_agent.network.knowledge import Moves, Store, Told
 from handoff_agent.network.pipeline import NOBODYS_FRAME, Port, Tap, Tunnel, common_flows, scout, tenant_flows
-from handoff_agent.network.treatment import HERE, Attachment, Key, Situation, names, treat
-from handoff_agent.ovs_ports import GuestPort, OvsPorts
+from handoff_agent.network.taps import Taps
+from handoff_agent.network.treatment import HERE, Attachment, Key, Situation, treat
+from handoff_agent.ovs_ports import OvsPorts
 from handoff_agent.settings import NetworkSettings
 from handoff_common.errors import DeadlineError, HandoffError, PreconditionError
 
@@ -53,24 +53,20 @@ class Network:
         """`database`: Open vSwitch's, as ovs-vsctl names it."""
         self.settings = settings
         self.told = Told()
-        self._database = database
-        self._ovs_ports = ovs_ports
         self._store = store
         self._disk = ThreadPoolExecutor(1, "network")
         self._tenants: dict[int, dict[Key, Attachment]] = {}
         self._guests: dict[str, tuple[Attachment, ...]] = {}
         self._coming: dict[str, tuple[Attachment, ...]] = {}
         self._leaving: dict[str, str] = {}
-        self._taps: dict[Key, str] = {}
-        self._new_taps: dict[Key, str] = {}
-        self._kept_from_flooding: dict[str, tuple[int, int]] = {}
         self.bridge = Bridge(settings.management_socket(), self)
+        self._taps = Taps(settings, database, ovs_ports, self.bridge)
 
     async def open(self) -> None:
         """Reads what was kept."""
         self.told, moves = await self._on_disk(self._store.load)
         self._coming, self._leaving = dict(moves.coming), dict(moves.leaving)
-        self._taps = {_parse_key(text): name for text, name in moves.taps.items()}
+        self._taps.bind(moves.taps)
         self._index()
 
     async def run(self) -> None:
@@ -122,7 +118,7 @@ class Network:
             async with asyncio.timeout(TAPS_TIMEOUT_S):
                 await self._wait_for_taps(uuid, ports)
         except TimeoutError:
-            missing = ", ".join(each.key.mac for each in ports if self._new_tap(each.key) is None)
+            missing = ", ".join(each.key.mac for each in ports if self._taps.new(each.key) is None)
             raise DeadlineError(
                 f"guest {ports[0].name}: its interface {missing} has not appeared on bridge {self.settings.bridge}"
                 f" within {TAPS_TIMEOUT_S:g} s: {self.bridge.message or 'is it plugged in elsewhere?'}"
@@ -132,7 +128,7 @@ class Network:
         neighbours = (each.location for tunnel in tunnels for each in self._tenants[tunnel].values())
         self.explore(uuid, neighbours)
         for each in ports:
-            if (tap := self._new_tap(each.key)) is not None:
+            if (tap := self._taps.new(each.key)) is not None:
                 self.bridge.send((Output(tap.ofport),), NOBODYS_FRAME)
 
     def explore(self, uuid: str, addresses: Iterable[str]) -> None:
@@ -151,12 +147,13 @@ class Network:
 
         `destination`: HERE when it only changes its slot. Raises as Bridge.put does.
         """
+        is_new = self._leaving.get(uuid) != destination
         self._leaving[uuid] = destination
         began = time.monotonic()
         await self.bridge.put(self._tunnels_of(uuid))
-        log.info(
-            "frames go on", guest=uuid, to=destination or "its new tap", ms=round(1000 * (time.monotonic() - began), 1)
-        )
+        if is_new and self._tunnels_of(uuid):
+            took_ms = round(1000 * (time.monotonic() - began), 1)
+            log.info("frames go on", guest=uuid, to=destination or "its new tap", ms=took_ms)
 
     async def leave(self, uuid: str, destination: str) -> None:
         """It is paused; as `redirect`, and known to the agent's next life, too."""
@@ -193,13 +190,8 @@ class Network:
 
     async def look(self) -> None:
         """Finds the taps of the ports that are here."""
-        if self.settings.tunnel_port not in self.bridge.numbers:
-            await self._make_tunnel_port()
-        try:
-            await self._find_taps()
-        except HandoffError as error:
-            log.warning("taps are as they were last seen", error=error.message)
-        await self._keep_from_flooding()
+        if await self._taps.find(self._all().values(), self._coming):
+            await self._save_moves()
 
     def wanted(self, tunnels: Iterable[int] | None = None) -> Flows:
         """The flows that the bridge should have."""
@@ -223,7 +215,7 @@ class Network:
 
     def _describe(self, attachment: Attachment) -> PortNow:
         port = self._treat(attachment)
-        interface = self._new_taps.get(attachment.key) or self._taps.get(attachment.key, "")
+        interface = self._taps.interface(attachment.key)
         by_number = {number: name for name, number in self.bridge.numbers.items()}
         return PortNow(
             attachment,
@@ -252,91 +244,38 @@ class Network:
 
     def _treat(self, attachment: Attachment) -> Port:
         situation = Situation(
-            tap=self._tap(attachment.key),
-            new_tap=self._new_tap(attachment.key),
+            tap=self._taps.of(attachment.key),
+            new_tap=self._taps.new(attachment.key),
             leaves_for=self._leaving.get(attachment.domain_uuid),
         )
         return treat(attachment, situation)
-
-    def _tap(self, key: Key) -> Tap | None:
-        number = self.bridge.numbers.get(self._taps.get(key, ""))
-        return None if number is None else Tap(number)
-
-    def _new_tap(self, key: Key) -> Tap | None:
-        number = self.bridge.numbers.get(self._new_taps.get(key, ""))
-        return None if number is None else Tap(number)
 
     def _tunnels_of(self, uuid: str) -> set[int]:
         return {each.key.tunnel for each in self._guests.get(uuid, ())}
 
     def _is_upgrade(self, uuid: str) -> bool:
         """A guest that comes, and has a tap here already."""
-        return uuid in self._coming and any(each.key in self._taps for each in self._coming[uuid])
+        return uuid in self._coming and any(self._taps.knows(each.key) for each in self._coming[uuid])
 
     def _take_over(self, uuid: str) -> None:
         """The new taps are the guest's taps."""
         for each in self._coming.pop(uuid, ()):
-            if each.key in self._new_taps:
-                self._taps[each.key] = self._new_taps.pop(each.key)
+            self._taps.take_over(each.key)
 
     def _forget_coming(self, uuid: str) -> None:
         for each in self._coming.pop(uuid, ()):
-            self._new_taps.pop(each.key, None)
+            self._taps.forget_new(each.key)
 
     async def _wait_for_taps(self, uuid: str, ports: Sequence[Attachment]) -> None:
         with self.bridge.port_changes() as changed:
             while True:
                 changed.clear()
                 await self.look()
-                if all(self._new_tap(each.key) is not None for each in ports):
+                if all(self._taps.new(each.key) is not None for each in ports):
                     break
                 await changed.wait()
         await self._save_moves()
-        for each in ports:
-            try:
-                await self._on_disk(partial(plumbing.lengthen_queue, self._new_taps[each.key]))
-            except OSError as error:
-                log.warning("a tap keeps its short queue", tap=self._new_taps[each.key], error=str(error))
-
-    async def _find_taps(self) -> None:
-        candidates: dict[tuple[str, str], list[GuestPort]] = {}
-        for port in await self._ovs_ports.read():
-            if port.bridge == self.settings.bridge and port.name in self.bridge.numbers:
-                candidates.setdefault((port.domain_uuid, port.mac), []).append(port)
-        taps: dict[Key, str] = {}
-        new_taps: dict[Key, str] = {}
-        for key, each in self._all().items():
-            found = sorted(candidates.get((each.domain_uuid, key.mac), ()), key=lambda port: port.ofport)
-            tap, new_tap = names(
-                each, [port.name for port in found], self._taps.get(key, ""), comes=each.domain_uuid in self._coming
-            )
-            taps.update({key: tap} if tap else {})
-            new_taps.update({key: new_tap} if new_tap else {})
-        changed = taps != self._taps
-        self._taps, self._new_taps = taps, new_taps
-        if changed:
-            await self._save_moves()
-
-    async def _make_tunnel_port(self) -> None:
-        settings = self.settings
-        try:
-            await plumbing.make_tunnel_port(
-                self._database, settings.bridge, settings.tunnel_port, settings.tunnel_address
-            )
-        except HandoffError as error:
-            log.warning("no port to the other hosts", error=error.message)
-
-    async def _keep_from_flooding(self) -> None:
-        """Once a port and connection: a switch that starts again has forgotten it."""
-        for name in {self.settings.tunnel_port, *self._taps.values(), *self._new_taps.values()}:
-            number = self.bridge.numbers.get(name)
-            if number is None or (mark := (self.bridge.connections, number)) == self._kept_from_flooding.get(name):
-                continue
-            try:
-                await plumbing.keep_from_flooding(self.settings.management_socket(), name)
-                self._kept_from_flooding[name] = mark
-            except HandoffError as error:
-                log.warning("the site's floods reach a tenant's port", port=name, error=error.message)
+        await self._on_disk(partial(self._taps.lengthen_queues, [each.key for each in ports]))
 
     async def _settle(self, uuid: str) -> None:
         tunnels = self._tunnels_of(uuid)
@@ -358,15 +297,9 @@ class Network:
         return await asyncio.get_running_loop().run_in_executor(self._disk, work)
 
     async def _save_moves(self) -> None:
-        taps = {f"{key.tunnel}/{key.mac}": name for key, name in self._taps.items()}
-        moves = Moves(dict(self._coming), dict(self._leaving), taps)
+        moves = Moves(dict(self._coming), dict(self._leaving), self._taps.bound())
         with contextlib.suppress(RuntimeError):  # the agent ends
             await self._on_disk(partial(self._store.save_moves, moves))
-
-
-def _parse_key(text: str) -> Key:
-    tunnel, _, mac = text.partition("/")
-    return Key(int(tunnel), mac)
 
 
 def _place_name(port: Port, interfaces: Mapping[int, str]) -> str:

@@ -16,7 +16,8 @@ from handoff_cli.run import run
 def command(common: Common, host: str) -> None:
     """Show the tenants' networks as one host has them.
 
-    Its ports, all others, and where frames to each go."""
+    All ports of the fleet, which of them are on HOST, and where HOST sends frames to each.
+    """
 
     async def work(controllers: Controllers) -> Exit:
         network = (await controllers.network(host)).network

@@ -344,9 +344,9 @@ async def test_what_stands_in_the_way_is_seen_before_anything_is_touched(move: M
     (there / "a.raw").write_text("somebody else's")
     await refused("a.raw on host h2, where that file exists")
     (there / "a.raw").unlink()
-    os.rename(there, there.with_name("moved"))
+    there.rename(there.with_name("moved"))  # noqa: ASYNC240
     await refused("has no such folder")
-    os.rename(there.with_name("moved"), there)
+    there.with_name("moved").rename(there)
     nodes = await Monitor(move.source.slot, move.guest).execute("query-block")
     (node,) = [each["inserted"]["node-name"] for each in cast(list[dict[str, dict[str, str]]], nodes)]
     snapshot = {"device": node, "name": "before-upgrade"}

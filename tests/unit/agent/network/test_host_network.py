@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import IPv4Address
@@ -12,6 +12,8 @@ import pytest
 from dummy_switch import BRIDGE, DummySwitch
 
 from handoff_agent.network import bridge, network
+from handoff_agent.network.connection import OpenFlowConnection
+from handoff_agent.network.flow import Flow
 from handoff_agent.network.knowledge import Moves, Store, Told
 from handoff_agent.network.network import Network
 from handoff_agent.network.treatment import HERE, Attachment, Key
@@ -199,6 +201,28 @@ async def test_a_guest_that_leaves_is_followed_and_comes_back(switch: DummySwitc
         switch.unplug("vnet0")
         await here.gone(GUEST.domain_uuid)
         assert deliveries(switch) == {}, "its tenant has nothing here any more"
+
+
+async def test_a_change_whose_end_was_not_seen_is_undone_all_the_same(
+    switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug(switch, "vnet0")
+    apply = OpenFlowConnection.apply
+
+    async def apply_unseen(self: OpenFlowConnection, added: Sequence[Flow], deleted: Sequence[int]) -> None:
+        await apply(self, added, deleted)
+        raise DeadlineError("nobody saw it")
+
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST, PEER))
+        before = switch.flows()
+        with monkeypatch.context() as patched:
+            patched.setattr(OpenFlowConnection, "apply", apply_unseen)
+            with pytest.raises(DeadlineError):
+                await here.redirect(GUEST.domain_uuid, "10.21.0.3")
+        assert switch.flows() != before
+        await here.stay(GUEST.domain_uuid)
+        assert switch.flows() == before
 
 
 async def test_an_upgrade_goes_from_tap_to_tap(switch: DummySwitch, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def sender(move: Move, guest: Guest) -> tuple[str, int]:
 
 
 @given(moves(), st.data())
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_a_unicast_frame_reaches_its_guest_once_and_nobody_else(move: Move, data: st.DataObject) -> None:
     guests = move.fabric.guests
     one, other = data.draw(st.lists(st.sampled_from(guests), min_size=2, max_size=2, unique=True))
@@ -126,7 +126,7 @@ def test_a_unicast_frame_reaches_its_guest_once_and_nobody_else(move: Move, data
 
 
 @given(moves(), st.data())
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_a_broadcast_reaches_each_port_of_the_tenant_once_as_it_was_sent(move: Move, data: st.DataObject) -> None:
     guests = move.fabric.guests
     one = data.draw(st.sampled_from(guests))
@@ -138,7 +138,7 @@ def test_a_broadcast_reaches_each_port_of_the_tenant_once_as_it_was_sent(move: M
 
 
 @given(moves(), st.data())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_a_frame_with_another_source_goes_nowhere(move: Move, data: st.DataObject) -> None:
     guests = move.fabric.guests
     one, other = data.draw(st.sampled_from(guests)), data.draw(st.sampled_from(guests))

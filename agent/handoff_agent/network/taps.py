@@ -1,0 +1,128 @@
+"""Which interfaces on the bridge are the tenants' ports, and what is done to each of them once."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import structlog
+
+from handoff_agent.network import plumbing
+from handoff_agent.network.bridge import Bridge
+from handoff_agent.network.pipeline import Tap
+from handoff_agent.network.treatment import Attachment, Key, names
+from handoff_agent.ovs_ports import GuestPort, OvsPorts
+from handoff_agent.settings import NetworkSettings
+from handoff_common.errors import HandoffError
+
+log = structlog.get_logger()
+
+
+class Taps:
+    """As last seen. Names come from Open vSwitch's database, their numbers from the bridge itself."""
+
+    def __init__(self, settings: NetworkSettings, database: str, ovs_ports: OvsPorts, bridge: Bridge) -> None:
+        """`database`: Open vSwitch's, as ovs-vsctl names it."""
+        self._settings = settings
+        self._database = database
+        self._ovs_ports = ovs_ports
+        self._bridge = bridge
+        self._taps: dict[Key, str] = {}
+        self._new_taps: dict[Key, str] = {}
+        self._kept_from_flooding: dict[str, tuple[int, int]] = {}
+
+    def bind(self, bound: Mapping[str, str]) -> None:
+        """Goes on from what `bound` gave to an earlier life of the agent."""
+        for text, name in bound.items():
+            tunnel, _, mac = text.partition("/")
+            self._taps[Key(int(tunnel), mac)] = name
+
+    def bound(self) -> dict[str, str]:
+        """The interfaces of ports that are here, by "tunnel/mac"."""
+        return {f"{key.tunnel}/{key.mac}": name for key, name in self._taps.items()}
+
+    def of(self, key: Key) -> Tap | None:
+        """The port's tap, if the bridge has it."""
+        return self._numbered(self._taps.get(key, ""))
+
+    def new(self, key: Key) -> Tap | None:
+        """The tap of a guest that comes, if the bridge has it."""
+        return self._numbered(self._new_taps.get(key, ""))
+
+    def knows(self, key: Key) -> bool:
+        """The port has a tap here, and had before any that is new."""
+        return key in self._taps
+
+    def interface(self, key: Key) -> str:
+        """The name of its newest tap; empty when there is none."""
+        return self._new_taps.get(key) or self._taps.get(key, "")
+
+    def take_over(self, key: Key) -> None:
+        """The new tap is the port's tap."""
+        if key in self._new_taps:
+            self._taps[key] = self._new_taps.pop(key)
+
+    def forget_new(self, key: Key) -> None:
+        """The new tap is none of the port's."""
+        self._new_taps.pop(key, None)
+
+    async def find(self, attachments: Collection[Attachment], coming: Collection[str]) -> bool:
+        """Looks for the taps of these ports; tells whether those that are not new have changed.
+
+        `coming`: UUIDs of guests that come. Without an answer, everything is as it was.
+        """
+        if self._bridge.numbers and self._settings.tunnel_port not in self._bridge.numbers:
+            await self._make_tunnel_port()
+        try:
+            plugged = await self._ovs_ports.read()
+        except HandoffError as error:
+            log.warning("taps are as they were last seen", error=error.message)
+            return False
+        changed = self._match(plugged, attachments, coming)
+        await self._keep_from_flooding()
+        return changed
+
+    def lengthen_queues(self, keys: Iterable[Key]) -> None:
+        """Lets new taps keep more for a guest that does not run yet. Blocking, for a moment."""
+        for tap in (self._new_taps[key] for key in keys if key in self._new_taps):
+            try:
+                plumbing.lengthen_queue(tap)
+            except OSError as error:
+                log.warning("a tap keeps its short queue", tap=tap, error=str(error))
+
+    def _numbered(self, name: str) -> Tap | None:
+        number = self._bridge.numbers.get(name)
+        return None if number is None else Tap(number)
+
+    def _match(
+        self, plugged: Sequence[GuestPort], attachments: Collection[Attachment], coming: Collection[str]
+    ) -> bool:
+        candidates: dict[tuple[str, str], list[str]] = {}
+        for port in sorted(plugged, key=lambda port: port.ofport):
+            if port.bridge == self._settings.bridge and port.name in self._bridge.numbers:
+                candidates.setdefault((port.domain_uuid, port.mac), []).append(port.name)
+        before, self._taps, self._new_taps = self._taps, {}, {}
+        for each in attachments:
+            found = candidates.get((each.domain_uuid, each.key.mac), ())
+            tap, new_tap = names(each, found, before.get(each.key, ""), comes=each.domain_uuid in coming)
+            self._taps.update({each.key: tap} if tap else {})
+            self._new_taps.update({each.key: new_tap} if new_tap else {})
+        return self._taps != before
+
+    async def _make_tunnel_port(self) -> None:
+        settings = self._settings
+        try:
+            await plumbing.make_tunnel_port(
+                self._database, settings.bridge, settings.tunnel_port, settings.tunnel_address
+            )
+        except HandoffError as error:
+            log.warning("no port to the other hosts", error=error.message)
+
+    async def _keep_from_flooding(self) -> None:
+        """Once a port and connection: a switch that starts again has forgotten it."""
+        for name in {self._settings.tunnel_port, *self._taps.values(), *self._new_taps.values()}:
+            number = self._bridge.numbers.get(name)
+            if number is None or (mark := (self._bridge.connections, number)) == self._kept_from_flooding.get(name):
+                continue
+            try:
+                await plumbing.keep_from_flooding(self._settings.management_socket(), name)
+                self._kept_from_flooding[name] = mark
+            except HandoffError as error:
+                log.warning("the site's floods reach a tenant's port", port=name, error=error.message)

@@ -8,9 +8,11 @@ undo          no export, no image
 """
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Final
 
 from handoff.agent.v1 import disk_pb2 as pb
 from handoff_agent.companions import DestinationCompanion
@@ -26,6 +28,8 @@ from handoff_agent.handoff import Handoff
 from handoff_agent.slots import Slot
 from handoff_common.errors import PreconditionError
 
+FLUSH_INTERVAL_S: Final = 1.0
+
 
 class ArrivingDisks(DestinationCompanion):
     """The disks of one guest that comes."""
@@ -33,6 +37,7 @@ class ArrivingDisks(DestinationCompanion):
     def __init__(self, handoff: Handoff, slot: Slot, settings: StorageSettings, threads: ThreadPoolExecutor) -> None:
         self._handoff = handoff
         self._slot = slot
+        self._flushing: asyncio.Task[None] | None = None
         self._pulling: asyncio.Task[None] | None = None
         self._settings = settings
         self._threads = threads
@@ -56,10 +61,12 @@ class ArrivingDisks(DestinationCompanion):
         for move in moved:
             move.uri = uris[self._name(move)]
         await self._handoff.change(disks=recorded(moves))
+        self._flushing = asyncio.create_task(self._keep_flushed([move.path for move in moved]))
         return with_disks(xml, moves, running=True)
 
     async def before_run(self) -> None:
         """Closes the exports; the locks of the images are free on return."""
+        self._stop_flushing()
         await self._daemon.stop()
 
     async def running(self) -> None:
@@ -72,6 +79,7 @@ class ArrivingDisks(DestinationCompanion):
 
     async def detach(self) -> None:
         """QEMU goes on with a pull; the next agent finds it again."""
+        self._stop_flushing()
         if self._pulling is not None:
             self._pulling.cancel()
             await asyncio.gather(self._pulling, return_exceptions=True)
@@ -82,10 +90,24 @@ class ArrivingDisks(DestinationCompanion):
 
     async def undo(self) -> None:
         """Closes the exports and removes the images that were made."""
+        self._stop_flushing()
         await self._daemon.stop()
         for path in self._handoff.record.images:
             await self._blocking(partial(images.remove, path))
         await self._handoff.change(images=())
+
+    async def _keep_flushed(self, paths: Sequence[str]) -> None:
+        """QEMU flushes the copies in the pause: what is on disk by then makes it shorter."""
+        while True:
+            await asyncio.sleep(FLUSH_INTERVAL_S)
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    await asyncio.to_thread(images.flush, path)
+
+    def _stop_flushing(self) -> None:
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
 
     async def _pull(self) -> None:
         record = self._handoff.record

@@ -39,8 +39,9 @@ LOOK_INTERVAL_S: Final = 0.5
 FIRST_LOOKS_S: Final = 0.05
 SYNC_PATIENCE_S: Final = 1.0
 SYNC_POLL_S: Final = 0.01
-# A QEMU that waits for a dead link in its main loop does not answer until the link's connections are gone.
-ANSWER_TIMEOUT_S: Final = 1.0
+# A QEMU that waits for a dead link in its main loop does not answer before the link's connections are gone, and neither
+# does libvirt: they are cut without asking it.
+ANSWER_TIMEOUT_S: Final = 0.5
 MAX_SAMPLES: Final = 2000
 
 
@@ -171,23 +172,27 @@ class DepartingDisks(SourceCompanion):
     async def back(self) -> None:
         """Ends the mirrors, whatever the state of the link. Raises DeadlineError when QEMU does not let go."""
         await self._base.stop()
-        if await is_active(self._slot, self._handoff.record.domain_uuid):
-            await self._cancel([move for move in self._moved() if move.uri])
-            for move in self._pulled():
-                if move.overlay:
-                    await overlay.fold_back(self._slot, self._handoff.record.domain_uuid, move)
-                    await self._blocking_call(partial(images.remove, move.overlay))
+        turning_back = asyncio.create_task(self._turn_back())
+        try:
+            await asyncio.wait({turning_back}, timeout=ANSWER_TIMEOUT_S)
+            if not turning_back.done():
+                for move in self._moved():
+                    if move.uri:
+                        await kill_connections(parse_uri(move.uri))
+            await turning_back
+        finally:
+            turning_back.cancel()
         self._handoff.disk_progress = ()
 
-    async def _cancel(self, moved: Sequence[pb.DiskMove]) -> None:
-        if not moved:
+    async def _turn_back(self) -> None:
+        uuid = self._handoff.record.domain_uuid
+        if not await is_active(self._slot, uuid):
             return
-        cancelling = asyncio.gather(*(mirror.cancel() for mirror in self._mirrors()))
-        await asyncio.wait({asyncio.ensure_future(cancelling)}, timeout=ANSWER_TIMEOUT_S)
-        if not cancelling.done():
-            for move in moved:
-                await kill_connections(parse_uri(move.uri))
-        await cancelling
+        await asyncio.gather(*(Mirror(self._monitor, move.target).cancel() for move in self._moved() if move.uri))
+        for move in self._pulled():
+            if move.overlay:
+                await overlay.fold_back(self._slot, uuid, move)
+                await self._blocking_call(partial(images.remove, move.overlay))
 
     async def released(self) -> None:
         """Removes the images, unless they were to be kept. What they were backed by may be others' too, and stays."""

@@ -12,10 +12,12 @@ from typing import cast
 
 import libvirt
 import pytest
-from test_handoffs import MEMORY_MIB, QEMU, Host, Move, _remove, frozen
+from test_handoffs import LIMITS, MEMORY_MIB, QEMU, Host, Move, _remove, frozen
+from test_mirror import Wire
 
 from handoff_agent.destination import DestinationHandoff
 from handoff_agent.disks.storage_daemon import StorageDaemon
+from handoff_agent.disks.uris import parse_uri
 from handoff_agent.events import ConnectionEvent
 from handoff_agent.monitor import Monitor
 from handoff_agent.rules import (
@@ -34,6 +36,7 @@ from handoff_agent.rules import (
     State,
 )
 from handoff_agent.settings import HostTypeSettings
+from handoff_common.errors import PreconditionError
 
 DATA_MIB = 24
 ZEROS_MIB = 16
@@ -292,3 +295,62 @@ async def test_a_destination_whose_exports_end_fails_the_copy(move: Move) -> Non
     await move.abort()
     assert await left_in_qemu(move.source, move.guest) == []
     assert images(move)[1] == []
+
+
+@pytest.mark.parametrize("formats", [("raw", "raw")], ids=["raw"])
+@pytest.mark.parametrize("when", ["copied", "ready"])
+async def test_a_link_that_dies_does_not_keep_the_guest(move: Move, when: str) -> None:
+    """While the disk is copied, an abort ends it; right before the pause QEMU itself hangs until it is cut."""
+    source = await move.prepare_source()
+    handoff = (await move.target.handoffs.prepare_destination(move.id, source, "a", validate_only=False)).handoff
+    side = move.source.handoffs.source(move.id, Call.START_TRANSFER)
+    wire = Wire(parse_uri(handoff.disks[0].uri))
+    async with wire.open() as uri:
+        handoff.disks[0].uri = str(uri)
+        bandwidth = 6 << 20 if when == "copied" else 0
+        await side.start_transfer(handoff.listen_uri, LIMITS, bandwidth, 1.0, handoff.disks)
+        if when == "copied":
+            await sending(move)
+            wire.stuck = True
+        else:
+            assert (await move.until(READY)).state == READY
+            await guest_writes(move.source, move.guest, 9, 5)
+            wire.stuck = True
+            # In flight, so that QEMU waits for it when it stops the guest.
+            writing = asyncio.create_task(guest_writes(move.source, move.guest, 9, 6))
+            await side.switch_over()
+            failed = await move.until(HELD)
+            assert failed.state == FAILED, failed
+            assert "was paused for more than 1 s" in failed.message
+            # The deadline, and half a second until the connection is cut.
+            assert 1000 < failed.switch_timings.paused_to_resumed_ms < 4000
+            await writing
+        began = time.monotonic()
+        await move.source.handoffs.abort(move.id, SOURCE, "the test says so")
+        assert time.monotonic() - began < 6
+        assert await move.is_running(move.source)
+        assert await left_in_qemu(move.source, move.guest) == []
+        wire.stuck = False
+
+
+@pytest.mark.parametrize("formats", [("qcow2", "raw")], ids=["qcow2"])
+async def test_what_stands_in_the_way_is_seen_before_anything_is_touched(move: Move) -> None:
+    async def refused(words: str) -> None:
+        _, guest = await move.source.handoffs.prepare_source(move.id, move.guest, validate_only=True)
+        with pytest.raises(PreconditionError, match=words):
+            await move.target.handoffs.prepare_destination(move.id, guest, "a", validate_only=True)
+
+    there = Path(move.target.settings.place_of_disks().folder)
+    (there / "a.raw").write_text("somebody else's")
+    await refused("a.raw on host h2, where that file exists")
+    (there / "a.raw").unlink()
+    there.rename(there.with_name("moved"))  # noqa: ASYNC240
+    await refused("has no such folder")
+    there.with_name("moved").rename(there)
+    nodes = await Monitor(move.source.slot, move.guest).execute("query-block")
+    (node,) = [each["inserted"]["node-name"] for each in cast(list[dict[str, dict[str, str]]], nodes)]
+    snapshot = {"device": node, "name": "before-upgrade"}
+    await Monitor(move.source.slot, move.guest).execute("blockdev-snapshot-internal-sync", snapshot)
+    await refused("disk vda has 1 snapshots inside")
+    assert images(move)[1] == []
+    assert not move.target.handoffs.all()

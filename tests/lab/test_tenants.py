@@ -134,15 +134,18 @@ def must_be_whole(probes: list[UdpProbe]) -> None:
 async def test_tenants_are_apart_and_nobody_is_somebody_else(
     tenant: Subject, moves: Moves, guests: Guests, fleet: Fleet
 ) -> None:
+    # Tenants have the same addresses: one of the two red ones is nobody's in blue.
     blue = await asyncio.to_thread(guests.create, "blue-1", "h1", 128, disks=(), network=BLUE.name)
+    other = await asyncio.to_thread(guests.create, "red-2", "h1", 128, disks=(), network=RED.name)
     address = tenant.record.ip
+    assert blue.ip != other.ip
     assert await answers(fleet, "h1", address, RED.interface)
     assert await answers(fleet, OBSERVER, address, RED.interface)
     assert await answers(fleet, GATEWAY, address, RED.interface)
     assert await answers(fleet, OBSERVER, blue.ip, BLUE.interface)
     for host in ("h1", OBSERVER, GATEWAY):
-        assert not await answers(fleet, host, address, BLUE.interface), f"{host} reached red from blue"
-        assert not await answers(fleet, host, blue.ip, RED.interface), f"{host} reached blue from red"
+        assert await answers(fleet, host, other.ip, RED.interface)
+        assert not await answers(fleet, host, other.ip, BLUE.interface), f"{host} reached red from blue"
     dropped = await forged(fleet, OBSERVER)
     await ovs(fleet, OBSERVER, "ip", "address", "add", f"{RED.prefix}.77/32", "dev", RED.interface)
     try:

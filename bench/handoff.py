@@ -14,22 +14,18 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import click
-import grpc
-import grpc.aio
 
+from bench.client import Client
 from bench.pauses import PauseWatch, watch_pauses
-from handoff.controller.v1.guests_pb2 import GetGuestRequest
-from handoff.controller.v1.guests_pb2_grpc import GuestsServiceStub
-from handoff.controller.v1.migrations_pb2 import CreateMigrationRequest, Migration, WatchMigrationRequest
-from handoff.controller.v1.migrations_pb2_grpc import MigrationsServiceStub
+from handoff.controller.v1.guests_pb2 import Guest
+from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_common.channel import open_channel
-from handoff_controller.machine import FINAL, State, state_of
+from handoff_controller.machine import State
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
 from handoff_lab.probe import GuestControl
@@ -41,7 +37,6 @@ GUEST, MEMORY_MIB = "bench", 256
 DIRTY_MIB, DIRTY_MIB_PER_S = 16, 8
 DEADLINE_S = 120.0
 SETTLE_S = 1.0
-POLL_S = 0.1
 
 
 @dataclass(slots=True)
@@ -72,7 +67,7 @@ class Bench:
     async def run(self, rounds: int) -> None:
         """Measures `2 * rounds` moves of each kind."""
         async with open_channel(f"unix:{self._fleet.lab.controller_socket('ctl1')}") as channel:
-            self._guests, self._migrations = GuestsServiceStub(channel), MigrationsServiceStub(channel)
+            self._client = Client(channel, DEADLINE_S)
             await self._run(rounds)
 
     async def _run(self, rounds: int) -> None:
@@ -81,7 +76,7 @@ class Bench:
         for number in range(rounds + 1):
             for series, move in ((self.ours, self._ours), (self.virsh, self._virsh)):
                 for source, destination in (("h1", "h2"), ("h2", "h1")):
-                    await self._settled(source)
+                    await self._client.settled(self._guest.uuid, partial(_is_on, source), SETTLE_S)
                     self._pauses.clear()
                     total_ms = await move(source, destination)
                     pause_ms = await asyncio.to_thread(self._pauses.pause_ms, source, destination)
@@ -100,36 +95,12 @@ class Bench:
         if status.bad_pages:
             raise click.ClickException(f"{status.bad_pages} pages of the guest's memory are wrong")
 
-    async def _settled(self, host: str) -> None:
-        """Waits until the controller knows that the guest is there, and the machine is quiet again."""
-        until = time.monotonic() + DEADLINE_S
-        while not await self._is_at(host):
-            if time.monotonic() > until:
-                raise click.ClickException(f"the controller does not see {self._guest.name} on {host}")
-            await asyncio.sleep(POLL_S)
-        await asyncio.sleep(SETTLE_S)
-
-    async def _is_at(self, host: str) -> bool:
-        try:
-            guest = (await self._guests.GetGuest(GetGuestRequest(guest=self._guest.uuid), timeout=5)).guest
-        except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.NOT_FOUND:
-                raise
-            return False
-        return guest.owner.host == host and not guest.active_migration and not guest.conflicts
-
     async def _ours(self, source: str, destination: str) -> float:
         began = time.monotonic()
-        request = CreateMigrationRequest(guest=self._guest.name, destination_host=destination)
-        created = (await self._migrations.CreateMigration(request, timeout=DEADLINE_S)).migration
+        created = await self._client.create_move(self._guest.name, destination)
         accepted = time.monotonic()
-        last = created
-        async with aclosing(self._updates(created.id)) as updates:
-            async for update in updates:
-                last = update
+        last = await self._client.done(created)
         total_ms = 1000 * (time.monotonic() - began)
-        if state_of(last) is not State.DONE:
-            raise click.ClickException(f"{last.id} ended {state_of(last).name}: {last.error}")
         self.parts.append(_parts(last, 1000 * (accepted - began)))
         return total_ms
 
@@ -142,16 +113,6 @@ class Bench:
         began = time.monotonic()
         await asyncio.to_thread(node.run, command, "", DEADLINE_S)
         return 1000 * (time.monotonic() - began)
-
-    async def _updates(self, migration_id: str) -> AsyncGenerator[Migration, None]:
-        call = self._migrations.WatchMigration(WatchMigrationRequest(id=migration_id), timeout=DEADLINE_S)
-        try:
-            async for update in call:
-                yield update.migration
-                if state_of(update.migration) in FINAL:
-                    return
-        finally:
-            call.cancel()
 
     def report(self) -> dict[str, object]:
         """What is written to out/bench/handoff.json."""
@@ -174,6 +135,10 @@ class Bench:
             "load_average": os.getloadavg(),
             "where_ours_went_ms": {"median": medians, "each": self.parts},
         }
+
+
+def _is_on(host: str, guest: Guest) -> bool:
+    return guest.owner.host == host
 
 
 def _parts(migration: Migration, accept_ms: float) -> dict[str, float]:

@@ -29,9 +29,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,14 +40,13 @@ import grpc.aio
 from rich.console import Console
 from rich.table import Table
 
+from bench.client import Client
 from bench.pauses import PauseWatch, watch_pauses
 from bench.ways import Site, Way
-from handoff.controller.v1.guests_pb2 import GetGuestRequest
-from handoff.controller.v1.guests_pb2_grpc import GuestsServiceStub
-from handoff.controller.v1.migrations_pb2 import CreateMigrationRequest, Migration, WatchMigrationRequest
-from handoff.controller.v1.migrations_pb2_grpc import MigrationsServiceStub
+from handoff.controller.v1.guests_pb2 import Guest
+from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_common.channel import open_channel
-from handoff_controller.machine import FINAL, State, state_of
+from handoff_controller.machine import State
 from handoff_lab import gateway
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
@@ -122,7 +120,7 @@ class Bench:
         self._fleet = fleet
         self._guests_of = guests
         self._at = dict.fromkeys((guest.name for guest in guests.values()), SOURCE)
-        self._guests, self._migrations = GuestsServiceStub(channel), MigrationsServiceStub(channel)
+        self._client = Client(channel, DEADLINE_S)
         self.readings: list[Reading] = []
 
     async def run(self, ways: tuple[Way, ...], rounds: int, pauses: dict[str, PauseWatch]) -> None:
@@ -138,7 +136,7 @@ class Bench:
         guest = self._guests_of[way]
         source = self._at[guest.name]
         destination = DESTINATION if source == SOURCE else SOURCE
-        await self._settled(guest, source)
+        await self._client.settled(guest.uuid, partial(_is_on, source), SETTLE_S)
         site = Site(self._fleet, guest)
         await asyncio.to_thread(site.prepare, way, source, destination)
         pauses.clear()
@@ -156,7 +154,7 @@ class Bench:
         ):
             await asyncio.sleep(BEFORE_S)
             began = time.monotonic()
-            done = await self._move(guest, destination)
+            done = await self._client.done(await self._client.create_move(guest.name, destination))
             total_ms = 1000 * (time.monotonic() - began)
             await asyncio.to_thread(site.follow, way, destination)
             await asyncio.sleep(AFTER_S)
@@ -190,43 +188,9 @@ class Bench:
             },
         )
 
-    async def _move(self, guest: GuestRecord, destination: str) -> Migration:
-        request = CreateMigrationRequest(guest=guest.name, destination_host=destination)
-        migration = (await self._migrations.CreateMigration(request, timeout=DEADLINE_S)).migration
-        async with aclosing(self._updates(migration.id)) as updates:
-            async for update in updates:
-                migration = update
-        if state_of(migration) is not State.DONE:
-            raise click.ClickException(f"{migration.id} ended {state_of(migration).name}: {migration.error}")
-        return migration
 
-    async def _updates(self, migration_id: str) -> AsyncGenerator[Migration, None]:
-        call = self._migrations.WatchMigration(WatchMigrationRequest(id=migration_id), timeout=DEADLINE_S)
-        try:
-            async for update in call:
-                yield update.migration
-                if state_of(update.migration) in FINAL:
-                    return
-        finally:
-            call.cancel()
-
-    async def _settled(self, guest: GuestRecord, host: str) -> None:
-        """Waits until the controller knows that the guest is there, and the machine is quiet again."""
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                if await self._is_at(guest, host):
-                    break
-                await asyncio.sleep(0.1)
-        await asyncio.sleep(SETTLE_S)
-
-    async def _is_at(self, guest: GuestRecord, host: str) -> bool:
-        try:
-            known = (await self._guests.GetGuest(GetGuestRequest(guest=guest.uuid), timeout=5)).guest
-        except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.NOT_FOUND:
-                raise
-            return False
-        return known.owner.host == host and not known.active_migration and not known.conflicts
+def _is_on(host: str, guest: Guest) -> bool:
+    return guest.owner.host == host
 
 
 def _parts(

@@ -23,24 +23,22 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import click
 import grpc
 import grpc.aio
 
+from bench.client import Client
 from bench.clock import clock_lag_ms
 from bench.pauses import PauseWatch, watch_pauses
 from handoff.agent.v1.qemu_pb2 import TransferMethod
-from handoff.controller.v1.guests_pb2 import GetGuestRequest
-from handoff.controller.v1.guests_pb2_grpc import GuestsServiceStub
-from handoff.controller.v1.migrations_pb2 import CreateUpgradeRequest, Migration, WatchMigrationRequest
-from handoff.controller.v1.migrations_pb2_grpc import MigrationsServiceStub
+from handoff.controller.v1.guests_pb2 import Guest
+from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_common.channel import open_channel
-from handoff_controller.machine import FINAL, State, state_of
+from handoff_controller.machine import State
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
 from handoff_lab.probe import GuestControl, UdpProbe
@@ -83,18 +81,19 @@ class Subject:
         self._fleet = fleet
         self._guest = guest
         self._builds = builds
-        self._guests, self._migrations = GuestsServiceStub(channel), MigrationsServiceStub(channel)
+        self._client = Client(channel, DEADLINE_S)
         self._node = fleet.node(OBSERVER)
 
     async def upgrade(self, number: int, pauses: PauseWatch) -> tuple[Migration, Reading]:
         """The upgrade with that number, counted from 0."""
         source, destination = ("a", "b") if number % 2 == 0 else ("b", "a")
-        await self._settled(source)
+        await self._client.settled(self._guest.uuid, partial(_is_in, source), SETTLE_S)
         pauses.clear()
         async with UdpProbe(self._fleet.lab, self._node, self._guest.ip) as probe:
             before_ms = await clock_lag_ms(self._node, self._guest.ip)
             began = time.monotonic()
-            done = await self._run(self._builds[(number + 1) % 2].name)
+            release = self._builds[(number + 1) % 2].name
+            done = await self._client.done(await self._client.create_upgrade(self._guest.uuid, release))
             total_ms = 1000 * (time.monotonic() - began)
             after_ms = await clock_lag_ms(self._node, self._guest.ip)
             udp = await probe.stop()
@@ -111,43 +110,9 @@ class Subject:
             copy_mib_per_s=round(outcome.ram_bytes / (1 << 20) / copying_ms * 1000, 1) if copied else 0.0,
         )
 
-    async def _run(self, release: str) -> Migration:
-        request = CreateUpgradeRequest(guest=self._guest.uuid, release=release)
-        migration = (await self._migrations.CreateUpgrade(request, timeout=DEADLINE_S)).migration
-        async with aclosing(self._updates(migration.id)) as updates:
-            async for update in updates:
-                migration = update
-        if state_of(migration) is not State.DONE:
-            raise click.ClickException(f"{migration.id} ended {state_of(migration).name}: {migration.error}")
-        return migration
 
-    async def _updates(self, migration_id: str) -> AsyncGenerator[Migration, None]:
-        call = self._migrations.WatchMigration(WatchMigrationRequest(id=migration_id), timeout=DEADLINE_S)
-        try:
-            async for update in call:
-                yield update.migration
-                if state_of(update.migration) in FINAL:
-                    return
-        finally:
-            call.cancel()
-
-    async def _settled(self, slot: str) -> None:
-        """Waits until the controller knows that the guest is there, and the machine is quiet again."""
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                if await self._is_in(slot):
-                    break
-                await asyncio.sleep(0.1)
-        await asyncio.sleep(SETTLE_S)
-
-    async def _is_in(self, slot: str) -> bool:
-        try:
-            guest = (await self._guests.GetGuest(GetGuestRequest(guest=self._guest.uuid), timeout=5)).guest
-        except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.NOT_FOUND:
-                raise
-            return False
-        return guest.owner.slot == slot and guest.domain.slot == slot and not guest.active_migration
+def _is_in(slot: str, guest: Guest) -> bool:
+    return guest.owner.slot == slot and guest.domain.slot == slot
 
 
 def guest_memory_mib(touched_mib: int) -> int:

@@ -87,17 +87,28 @@ class Asked:
 
 
 class Decisions:
-    """Those that wait to be looked at, and those that are carried out but not in the record yet."""
+    """Those that wait to be looked at, are being looked at, or are carried out but not in the record yet."""
 
     def __init__(self) -> None:
         self._asked: asyncio.Queue[Asked] = asyncio.Queue()
         self._accepted: list[Asked] = []
+        self._unanswered: set[Asked] = set()
+        self._closed = False
 
     async def ask(self, decision: Decision) -> None:
-        """Puts a decision before the driver; returns when it is in the record. Raises what it is refused with."""
+        """Puts a decision before the driver; returns when it is in the record.
+
+        Raises what it is refused with, and UnavailableError when nobody looks at it any more.
+        """
         asked = Asked(decision)
+        if self._closed:
+            raise _too_late()
         self._asked.put_nowait(asked)
-        await asked.verdict()
+        self._unanswered.add(asked)
+        try:
+            await asked.verdict()
+        finally:
+            self._unanswered.discard(asked)
 
     async def next(self) -> Asked:
         """Waits for one."""
@@ -113,12 +124,11 @@ class Decisions:
             asked.take()
         self._accepted.clear()
 
-    def close(self, migration: Migration) -> None:
+    def close(self) -> None:
         """Nobody looks at them any more: the migration is final, or its driver has failed."""
-        while not self._asked.empty():
-            self._accepted.append(self._asked.get_nowait())
-        for asked in self._accepted:
-            asked.refuse(UnavailableError(f"migration {migration.id} has just gone on; look at it, and try again"))
+        self._closed = True
+        for asked in self._unanswered:
+            asked.refuse(_too_late())
         self._accepted.clear()
 
     async def answer_or_decision(
@@ -146,6 +156,10 @@ class Decisions:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _too_late() -> UnavailableError:
+    return UnavailableError("the migration has just gone on: look at it (`handoff show`), and decide again if need be")
 
 
 async def _insist(way: Journey, call: Callable[[], Awaitable[Handoff]], patience_s: float) -> Handoff:

@@ -93,7 +93,7 @@ class Driver:
             while (state := state_of(self.migration)) not in FINAL:
                 await self._advance(await self._perform(state))
         finally:
-            self._decisions.close(self.migration)
+            self._decisions.close()
         return self.migration
 
     async def cancel(self) -> Migration:

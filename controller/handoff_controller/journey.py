@@ -105,7 +105,11 @@ class Journey:
             changed.CopyFrom(self.migration)
             change(changed)
             if changed != self.migration:
+                before = self.migration
                 self.migration = await self.records.save(changed)
+                # Of steps that go on meanwhile.
+                for warning in before.warnings:
+                    self.warn(warning)
 
     async def need_decision(self, sentence: str) -> None:
         """Tells the operator, in the record, what to decide."""

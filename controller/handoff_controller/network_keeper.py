@@ -47,24 +47,43 @@ class NetworkKeeper:
         self._wake = asyncio.Event()
         self._reading = asyncio.Lock()
         self._telling: dict[str, asyncio.Lock] = {}
+        self._being_told: set[str] = set()
 
     def look_again(self) -> None:
         """Something may have changed."""
         self._wake.set()
 
     async def run(self) -> None:
-        """Looks and tells, for ever."""
-        while True:
-            self._wake.clear()
-            try:
-                hosts = await self._read()
-                if self._knows_all:
-                    await asyncio.gather(*(self._tell(host) for host in hosts if self._is_due(host)))
-            except HandoffError as error:
-                log.warning("the network can't be told", error=error.message)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_EVERY_S):
-                    await self._wake.wait()
+        """Looks and tells, for ever. No host waits for another one that does not answer."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._wake.clear()
+                try:
+                    hosts = await self._read()
+                except HandoffError as error:
+                    log.warning("the network can't be told", error=error.message)
+                else:
+                    if self._knows_all:
+                        for host in hosts:
+                            self._begin_to_tell(group, host)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_EVERY_S):
+                        await self._wake.wait()
+
+    def _begin_to_tell(self, group: asyncio.TaskGroup, host: Host) -> None:
+        if not self._is_due(host) or host.name in self._being_told:
+            return
+        self._being_told.add(host.name)
+        group.create_task(self._tell_newest(host), name=f"network of {host.name}")
+
+    async def _tell_newest(self, host: Host) -> None:
+        told = self._generation
+        try:
+            await self._tell(host)
+        finally:
+            self._being_told.discard(host.name)
+        if told != self._generation:
+            self.look_again()
 
     async def point(self) -> str:
         """Tells all hosts at once what the records say now. Returns who has not heard it; that is told later."""

@@ -16,7 +16,7 @@ import threading
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypedDict
 
 from handoff_lab.errors import LabError
 from handoff_lab.netns import NetNamespace
@@ -61,7 +61,8 @@ class UdpResult:
     """What a UdpProbe or PingProbe saw. `late`: answers that came after the answer to a later datagram. `waited`: those
     that took at least as long as a gap.
 
-    `clock`: one reading each tenth of a second, in their order; none from pings.
+    `clock`: one reading each tenth of a second, in their order; none from pings. `unanswered`: when the first thousand
+    of those were sent, in seconds of the wall clock.
     """
 
     sent: int
@@ -74,6 +75,7 @@ class UdpResult:
     slowest_ms: float
     waited: int
     clock: tuple[ClockReading, ...]
+    unanswered: tuple[float, ...]
 
     @property
     def lost(self) -> int:
@@ -169,27 +171,36 @@ class PingProbe(UdpProbe):
     port = 0
 
 
-def _udp_result(raw: dict[str, int | list[list[int]]]) -> UdpResult:
-    def number(key: str) -> int:
-        value = raw[key]
-        assert isinstance(value, int)
-        return value
+class _Raw(TypedDict):
+    """What the program prints."""
 
-    gaps = raw["gaps"]
-    clock = raw["clock"]
-    assert isinstance(gaps, list)
-    assert isinstance(clock, list)
+    sent: int
+    received: int
+    duplicated: int
+    late: int
+    waited: int
+    longest_gap_ns: int
+    longest_gap_at_ns: int
+    slowest_ns: int
+    mean_ns: int
+    gaps: list[tuple[int, int]]
+    clock: list[tuple[int, int, int]]
+    unanswered: list[int]
+
+
+def _udp_result(raw: _Raw) -> UdpResult:
     return UdpResult(
-        sent=number("sent"),
-        received=number("received"),
-        duplicated=number("duplicated"),
-        late=number("late"),
-        longest_gap=Gap(number("longest_gap_at_ns") / 1e9, number("longest_gap_ns") / 1e6),
-        gaps=tuple(Gap(at_ns / 1e9, length_ns / 1e6) for at_ns, length_ns in gaps),
-        mean_ms=number("mean_ns") / 1e6,
-        slowest_ms=number("slowest_ns") / 1e6,
-        waited=number("waited"),
-        clock=tuple(ClockReading(at_ns / 1e9, took_ns / 1e6, ahead_ns) for at_ns, took_ns, ahead_ns in clock),
+        sent=raw["sent"],
+        received=raw["received"],
+        duplicated=raw["duplicated"],
+        late=raw["late"],
+        longest_gap=Gap(raw["longest_gap_at_ns"] / 1e9, raw["longest_gap_ns"] / 1e6),
+        gaps=tuple(Gap(at_ns / 1e9, length_ns / 1e6) for at_ns, length_ns in raw["gaps"]),
+        mean_ms=raw["mean_ns"] / 1e6,
+        slowest_ms=raw["slowest_ns"] / 1e6,
+        waited=raw["waited"],
+        clock=tuple(ClockReading(at_ns / 1e9, took_ns / 1e6, ahead_ns) for at_ns, took_ns, ahead_ns in raw["clock"]),
+        unanswered=tuple(sent_ns / 1e9 for sent_ns in raw["unanswered"]),
     )
 
 

@@ -89,6 +89,13 @@ static void print_clock(uint64_t sent) {
   }
 }
 
+/* When the first MAX_GAPS of those were sent that nobody answered. */
+static void print_unanswered(uint64_t sent) {
+  unsigned count = 0;
+  for (uint64_t n = 0; n < sent && count < MAX_GAPS; n++)
+    if (!seen[n]) printf("%s%" PRIu64, count++ ? ", " : "", sent_at[n]);
+}
+
 static uint16_t checksum(const void *data, size_t size) {
   const uint16_t *words = data;
   uint32_t sum = 0;
@@ -211,6 +218,8 @@ int main(int argc, char **argv) {
          sent, unsent, received, duplicated, late, waited, longest_ns, longest_at_ns, slowest_ns, received ? total_ns / received : 0);
   for (unsigned i = 0; i < gap_count; i++)
     printf("%s[%" PRIu64 ", %" PRIu64 "]", i ? ", " : "", gaps[i].at_ns, gaps[i].length_ns);
+  printf("], \"unanswered\": [");
+  print_unanswered(sent);
   printf("], \"clock\": [");
   if (!pings) print_clock(sent);
   printf("]}\n");

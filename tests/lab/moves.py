@@ -3,8 +3,9 @@
 import asyncio
 import base64
 import json
+import signal
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import Self
 
 import grpc.aio
 
-from handoff.agent.v1.qemu_pb2 import HandoffState, ListHandoffsRequest
+from handoff.agent.v1.qemu_pb2 import HandoffRole, HandoffState, ListHandoffsRequest
 from handoff.agent.v1.qemu_pb2_grpc import QemuServiceStub
 from handoff.controller.v1.guests_pb2 import GetGuestRequest, Guest
 from handoff.controller.v1.guests_pb2_grpc import GuestsServiceStub
@@ -34,6 +35,10 @@ from handoff_lab.guest import DEFAULT_DISK, DEFAULT_NETWORK, Guests
 from handoff_lab.host import Host
 from handoff_lab.probe import GuestControl, GuestStatus
 from handoff_lab.state import GuestRecord
+from soak.clients import AgentSide
+
+FAST = MigrationOptions(bandwidth_bytes_per_s=64 << 20)
+LEADER_HEARS_S = 0.2
 
 OBSERVER = "h3"
 CALL_S = 20.0
@@ -268,3 +273,29 @@ def qemu_on(fleet: Fleet, host: str, guest: str) -> int:
     pid = where.node.find(inner)
     assert pid is not None
     return pid
+
+
+@asynccontextmanager
+async def order_held_up(subject: Subject, there: str, controller: str | None = None) -> AsyncIterator[Migration]:
+    """A migration in SWITCHING whose destination was asked, and whose source hears of the order when this ends.
+
+    etcd stands still until the source is ready, so that the leader can't go on; then the source's agent does.
+    """
+    fleet, here = subject.fleet, await subject.host()
+    etcd, source = fleet.daemon("etcd1", "etcd"), fleet.daemon(here, "agent")
+    migration = await subject.moves.create(subject.name, there, FAST, controller)
+    await subject.moves.reaches(migration.id, State.COPYING, controller)
+    etcd.signal(signal.SIGSTOP)
+    try:
+        ready = frozenset({HandoffState.HANDOFF_STATE_READY})
+        await AgentSide(fleet.lab, here).reaches(migration.id, HandoffRole.HANDOFF_ROLE_SOURCE, ready)
+        await asyncio.sleep(LEADER_HEARS_S)
+        source.signal(signal.SIGSTOP)
+    finally:
+        etcd.signal(signal.SIGCONT)
+    try:
+        await subject.moves.reaches(migration.id, State.SWITCHING, controller)
+        await asyncio.sleep(LEADER_HEARS_S)
+        yield migration
+    finally:
+        source.signal(signal.SIGCONT)

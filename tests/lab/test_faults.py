@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from moves import OBSERVER, Subject, qemu_on, story
+from moves import OBSERVER, Subject, order_held_up, qemu_on, story
 
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationOptions
 from handoff_controller.machine import State, state_of
@@ -65,11 +65,9 @@ async def test_the_destinations_qemu_freezes_in_the_pause(subject: Subject, flee
     """The switch's deadline brings the guest back; the record says how long it stood still."""
     here, there = await subject.host(), await subject.away()
     async with TcpSession(fleet.node(OBSERVER), subject.record.ip) as session:
-        migration = await subject.moves.create(subject.name, there)
-        await subject.moves.reaches(migration.id, State.COPYING)
-        victim = await asyncio.to_thread(qemu_on, fleet, there, subject.name)
-        await subject.moves.reaches(migration.id, State.SWITCHING)
-        os.kill(victim, signal.SIGSTOP)
+        async with order_held_up(subject, there) as migration:
+            victim = await asyncio.to_thread(qemu_on, fleet, there, subject.name)
+            os.kill(victim, signal.SIGSTOP)
         migration = await ended(subject, migration, State.ABORTED, here)
         result = await session.close()
     assert result.survived, result
@@ -82,9 +80,8 @@ async def test_the_destinations_agent_dies_after_the_commit(subject: Subject, fl
     there = await subject.away()
     agent = fleet.daemon(there, "agent")
     async with TcpSession(fleet.node(OBSERVER), subject.record.ip) as session:
-        migration = await subject.moves.create(subject.name, there)
-        await subject.moves.reaches(migration.id, State.SWITCHING)
-        await asyncio.to_thread(agent.signal, signal.SIGKILL)
+        async with order_held_up(subject, there) as migration:
+            await asyncio.to_thread(agent.signal, signal.SIGKILL)
         await subject.moves.reaches(migration.id, State.COMMITTED)
         await asyncio.to_thread(agent.start)
         await ended(subject, migration, State.DONE, there)
@@ -95,11 +92,9 @@ async def test_the_commit_is_taken_back_on_proof_that_the_copy_never_ran(subject
     """The destination's QEMU dies committed and not yet resumed: its agent can tell, and the source runs."""
     here, there = await subject.host(), await subject.away()
     agent = fleet.daemon(there, "agent")
-    migration = await subject.moves.create(subject.name, there)
-    await subject.moves.reaches(migration.id, State.COPYING)
-    victim = await asyncio.to_thread(qemu_on, fleet, there, subject.name)
-    await subject.moves.reaches(migration.id, State.SWITCHING)
-    agent.signal(signal.SIGSTOP)
+    async with order_held_up(subject, there) as migration:
+        victim = await asyncio.to_thread(qemu_on, fleet, there, subject.name)
+        agent.signal(signal.SIGSTOP)
     try:
         await subject.moves.reaches(migration.id, State.COMMITTED)
         os.kill(victim, signal.SIGKILL)

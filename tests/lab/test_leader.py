@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import grpc
 import grpc.aio
 import pytest
-from moves import OBSERVER, Leader, Moves, Subject, story
+from moves import OBSERVER, Leader, Moves, Subject, order_held_up, story
 
 from handoff.agent.v1.qemu_pb2 import AbortHandoffRequest, HandoffRole, PrepareSourceRequest
 from handoff.agent.v1.qemu_pb2_grpc import QemuServiceStub
@@ -38,7 +38,6 @@ HELD_UP_BY = {
 # The state before, in which the agent must be frozen already.
 FROZEN_IN = {
     State.PREPARING: State.PLANNED,
-    State.COMMITTED: State.SWITCHING,
     State.FINISHING: State.COMMITTED,
     State.ABORTING: State.COPYING,
 }
@@ -54,6 +53,10 @@ async def in_state(subject: Subject, state: State, watcher: str) -> AsyncIterato
     moves, fleet = subject.moves, subject.fleet
     here, there = await subject.host(), await subject.away()
     blocker = None
+    if state is State.COMMITTED:
+        async with held_up_committed(subject, there, watcher) as migration:
+            yield migration
+        return
     if state is State.PLANNED:
         other = await Subject.create(moves, "blocker", here)
         blocker = await moves.create(other.name, there, MigrationOptions(bandwidth_bytes_per_s=4 << 20), watcher)
@@ -77,6 +80,18 @@ async def in_state(subject: Subject, state: State, watcher: str) -> AsyncIterato
             os.kill(agent, signal.SIGCONT)
     if blocker is not None:
         assert state_of(await moves.ends(blocker.id, watcher)) in FINAL
+
+
+@asynccontextmanager
+async def held_up_committed(subject: Subject, there: str, watcher: str) -> AsyncIterator[Migration]:
+    agent = await pid_of(subject.fleet, there, "agent")
+    try:
+        async with order_held_up(subject, there, watcher) as migration:
+            os.kill(agent, signal.SIGSTOP)
+        await subject.moves.reaches(migration.id, State.COMMITTED, watcher)
+        yield migration
+    finally:
+        os.kill(agent, signal.SIGCONT)
 
 
 async def pid_of(fleet: Fleet, node: str, daemon: str) -> int:

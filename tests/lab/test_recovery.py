@@ -8,7 +8,7 @@ import time
 import grpc
 import grpc.aio
 import pytest
-from moves import CALL_S, OBSERVER, Moves, Subject, qemu_on, story
+from moves import CALL_S, OBSERVER, Moves, Subject, order_held_up, qemu_on, story
 
 from handoff.agent.v1.qemu_pb2 import GetHandoffRequest, HandoffRole
 from handoff.agent.v1.qemu_pb2_grpc import QemuServiceStub
@@ -56,12 +56,10 @@ async def test_the_source_runs_within_a_second_of_the_destinations_death_in_the_
 ) -> None:
     here, there = await subject.host(), await subject.away()
     async with UdpProbe(fleet.lab, fleet.node(OBSERVER), subject.record.ip, PROBE_US) as probe:
-        migration = await subject.moves.create(subject.name, there)
-        await subject.moves.reaches(migration.id, State.COPYING)
-        victim = await asyncio.to_thread(qemu_on, fleet, there, subject.name)
-        await subject.moves.reaches(migration.id, State.SWITCHING)
-        # The guest is paused, and what is left of it is not taken.
-        os.kill(victim, signal.SIGSTOP)
+        async with order_held_up(subject, there) as migration:
+            victim = await asyncio.to_thread(qemu_on, fleet, there, subject.name)
+            # The guest will be paused, and what is left of it not be taken.
+            os.kill(victim, signal.SIGSTOP)
         await asyncio.sleep(0.5)
         died = time.time()
         os.kill(victim, signal.SIGKILL)
@@ -79,11 +77,9 @@ async def test_and_within_the_lease_and_two_seconds_when_the_leader_dies_too(sub
     watcher = next(name for name in subject.moves.controllers if name != leader.name)
     controller, agent = fleet.daemon(leader.name, "controller"), fleet.daemon(there, "agent")
     async with UdpProbe(fleet.lab, fleet.node(OBSERVER), subject.record.ip, PROBE_US) as probe:
-        migration = await subject.moves.create(subject.name, there, controller=watcher)
-        await subject.moves.reaches(migration.id, State.COPYING, watcher)
-        victim = await asyncio.to_thread(qemu_on, fleet, there, subject.name)
-        await subject.moves.reaches(migration.id, State.SWITCHING, watcher)
-        agent.signal(signal.SIGSTOP)
+        async with order_held_up(subject, there, watcher) as migration:
+            victim = await asyncio.to_thread(qemu_on, fleet, there, subject.name)
+            agent.signal(signal.SIGSTOP)
         try:
             await subject.moves.reaches(migration.id, State.COMMITTED, watcher)
             died = time.time()
@@ -104,9 +100,8 @@ async def test_an_operator_takes_a_committed_guest_back(subject: Subject, fleet:
     moves, here, there = subject.moves, await subject.host(), await subject.away()
     agent = fleet.daemon(there, "agent")
     async with TcpSession(fleet.node(OBSERVER), subject.record.ip) as session:
-        migration = await moves.create(subject.name, there)
-        await moves.reaches(migration.id, State.SWITCHING)
-        await asyncio.to_thread(agent.signal, signal.SIGKILL)
+        async with order_held_up(subject, there) as migration:
+            await asyncio.to_thread(agent.signal, signal.SIGKILL)
         waiting = await moves.asks(migration.id)
         assert state_of(waiting) is State.COMMITTED
         assert f"--i-have-fenced {there}" in waiting.needs_decision

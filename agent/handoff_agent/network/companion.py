@@ -10,8 +10,9 @@
     released   nothing goes on to D any more  finalize   in an upgrade the new taps are the guest's
     back       frames go to the guest again   undo       nothing waits any more
 
-Frames are sent on while the guest still runs, a moment before it stops: what is in its old tap by then it still takes,
-and what comes later waits at the other side. So none is lost between the two, and none is seen twice.
+Frames are sent on while the guest still runs, a moment before it stops: it is stopped once QEMU has read what was in
+its old tap by then, and what comes later waits at the other side. So none is lost between the two, and none is seen
+twice.
 """
 
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ class LeavingPorts(SourceCompanion):
         """Its frames go to its destination; nothing happens when that manages no flows."""
         if (destination := self._destination()) is not None:
             await self._network.redirect(self._handoff.record.domain_uuid, destination)
+            await self._network.drain(self._handoff.record.domain_uuid)
 
     async def paused(self) -> None:
         """As before the pause, if there was a moment before it; and so it stays, whatever becomes of the agent."""

@@ -155,6 +155,17 @@ class Network:
             took_ms = round(1000 * (time.monotonic() - began), 1)
             log.info("frames go on", guest=uuid, to=destination or "its new tap", ms=took_ms)
 
+    async def drain(self, uuid: str) -> None:
+        """Waits for a moment until QEMU has read what its taps still held when its frames were sent on.
+
+        What it has not read when the guest stops is lost.
+        """
+        ports = self._guests.get(uuid, ())
+        drained = await asyncio.gather(*(self._taps.drain(each.key) for each in ports))
+        for each, is_empty in zip(ports, drained, strict=True):
+            if not is_empty:
+                log.warning("frames may be lost: QEMU has not read them in time", guest=each.name, mac=each.key.mac)
+
     async def leave(self, uuid: str, destination: str) -> None:
         """It is paused; as `redirect`, and known to the agent's next life, too."""
         await self.redirect(uuid, destination)

@@ -30,6 +30,11 @@ def lengthen_queue(tap: str) -> None:
     Path("/sys/class/net", tap, "tx_queue_len").write_text(f"{TAP_QUEUE_PACKETS}\n")
 
 
+def frames_read(tap: str) -> int:
+    """How many frames QEMU has read from a tap: the kernel counts them only then. Raises OSError."""
+    return int(Path("/sys/class/net", tap, "statistics/tx_packets").read_text())
+
+
 async def run(*command: str) -> None:
     """Runs a program. Raises HandoffError with what it says, and DeadlineError."""
     process = await asyncio.create_subprocess_exec(

@@ -1,18 +1,25 @@
 """Which interfaces on the bridge are the tenants' ports, and what is done to each of them once."""
 
+import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Final
 
 import structlog
 
 from handoff_agent.network import plumbing
 from handoff_agent.network.bridge import Bridge
-from handoff_agent.network.pipeline import Tap
+from handoff_agent.network.flow import Output
+from handoff_agent.network.pipeline import NOBODYS_FRAME, Tap
 from handoff_agent.network.treatment import Attachment, Key, names
 from handoff_agent.ovs_ports import GuestPort, OvsPorts
 from handoff_agent.settings import NetworkSettings
 from handoff_common.errors import HandoffError
 
 log = structlog.get_logger()
+
+# QEMU reads within a millisecond or two, later where processors are scarce. The guest runs meanwhile.
+DRAIN_TIMEOUT_S: Final = 0.03
+DRAIN_POLL_S: Final = 0.001
 
 
 class Taps:
@@ -53,6 +60,31 @@ class Taps:
     def interface(self, key: Key) -> str:
         """The name of its newest tap; empty when there is none."""
         return self._new_taps.get(key) or self._taps.get(key, "")
+
+    async def drain(self, key: Key) -> bool:
+        """Waits until QEMU has read what is in the port's tap, to which no frames go any more; False if it does not.
+
+        A frame that is nobody's goes in last. QEMU reads all there is in one go, so the tap is empty once the count of
+        frames read has moved, and stands still.
+        """
+        name, tap = self._taps.get(key, ""), self.of(key)
+        if tap is None:
+            return True
+        try:
+            before = last = plumbing.frames_read(name)
+            self._bridge.send((Output(tap.ofport),), NOBODYS_FRAME)
+            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                while True:
+                    await asyncio.sleep(DRAIN_POLL_S)
+                    now = plumbing.frames_read(name)
+                    if now == last != before:
+                        return True
+                    last = now
+        except TimeoutError:
+            return False
+        except OSError as error:
+            log.warning("it can't be seen what is in a tap", tap=name, error=str(error))
+            return False
 
     def take_over(self, key: Key) -> None:
         """The new tap is the port's tap."""

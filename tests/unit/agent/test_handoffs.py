@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import os
 import signal
 import uuid
@@ -470,6 +472,28 @@ async def test_a_guest_is_in_one_handoff_at_a_time(move: Move) -> None:
     assert move.source.handoffs.migration_of(move.guest) == move.id
     with pytest.raises(PreconditionError, match=move.id):
         await move.source.handoffs.prepare_source("another", move.guest, validate_only=False)
+
+
+async def test_what_an_earlier_migration_left_is_settled_first(move: Move) -> None:
+    """Its orders are for whatever has the guest's UUID here: they must not meet the next copy."""
+    await move.advance(TRANSFERRING)
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    change = destination.next_change()
+    await move.source.handoffs.abort(move.id, SOURCE, "cancelled")
+    async with asyncio.timeout(10):
+        await change.wait()
+    assert destination.state == FAILED
+    again = dataclasses.replace(move, id=f"{move.id}-2")
+    guest = await again.prepare_source()
+    prepare = functools.partial(move.target.handoffs.prepare_destination, again.id, guest, "a")
+    with pytest.raises(UnavailableError, match=move.id):
+        await prepare(validate_only=False)
+    with pytest.raises(PreconditionError, match="try again"):
+        await prepare(validate_only=True)
+    assert await move.target.domain_names() == []
+    await move.target.handoffs.abort(move.id, DESTINATION, "cancelled")
+    assert (await prepare(validate_only=False)).handoff.state == PREPARED
+    await again.abort()
 
 
 async def test_a_check_leaves_no_trace(move: Move) -> None:

@@ -4,11 +4,12 @@ import io
 
 from rich.console import Console
 
-from bench.switch import PARTS, Reading, View, spread, summary, tables, targets
+from bench.switch import PARTS, Reading, View, missed_ticks_ms, spread, summary, tables, targets
+from handoff_lab.probe import Stall
 
 
 def view(gap_ms: float, beside_ms: float, lost: int = 0, duplicated: int = 0) -> View:
-    return View(gap_ms, beside_ms, 1000, lost, duplicated, 0, 20)
+    return View(gap_ms, beside_ms, beside_ms + 5, 1000, lost, duplicated, 0, 20)
 
 
 def reading(way: str, host: View, gateway: View, *, tcp_survived: bool = True) -> Reading:
@@ -18,7 +19,8 @@ def reading(way: str, host: View, gateway: View, *, tcp_survived: bool = True) -
         destination="h2",
         total_ms=900.0,
         pause_ms=50.0,
-        pause_inexact_ms=0.3,
+        still_ms=45.0,
+        inexact_ms=0.3,
         stop_resume_ms=49.0,
         host=host,
         gateway=gateway,
@@ -34,6 +36,17 @@ def test_spread_of_twenty() -> None:
     values = [float(n) for n in range(1, 21)]
     assert spread(values) == {"median": 10.5, "p95": 19.0, "max": 20.0}
     assert spread([3.0]) == {"median": 3.0, "p95": 3.0, "max": 3.0}
+
+
+def stall(began_ms: float, length_ms: float) -> Stall:
+    return Stall(int(began_ms * 1e6), int(length_ms * 1e6))
+
+
+def test_missed_ticks_are_those_around_the_pause() -> None:
+    before, at, after, later = stall(50, 4), stall(99.5, 31), stall(132, 9), stall(300, 20)
+    assert missed_ticks_ms([before, later], 100_000_000) == 0
+    assert missed_ticks_ms([before, at, later], 100_000_000) == 31
+    assert missed_ticks_ms([later, after, at, before], 100_000_000) == 41.5
 
 
 def test_targets_are_of_both_views() -> None:

@@ -32,14 +32,16 @@ class Handoff:
 
     async def start(self, *arguments: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
+            # A shell's background jobs, of which the test run may be one, ignore SIGINT, and so do their children.
+            # Not by a preexec_fn: that takes a real fork, which gRPC's threads in this process do not survive.
+            "env",
+            "--default-signal=INT",
             HANDOFF,
             *arguments,
             env=self.environment,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            # A shell's background jobs, of which the test run may be one, ignore SIGINT, and so do their children.
-            preexec_fn=_heed_sigint,
         )
 
     async def __call__(self, *arguments: str) -> Ended:
@@ -100,7 +102,3 @@ def nobody() -> str:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     return f"127.0.0.1:{port}"
-
-
-def _heed_sigint() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)

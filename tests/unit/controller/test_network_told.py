@@ -163,6 +163,21 @@ async def test_all_hosts_are_told_when_something_changes_and_only_then() -> None
         await asyncio.wait({work})
 
 
+async def test_no_host_waits_for_one_that_hangs() -> None:
+    records = Records(a_host("h1", a_domain()), a_host("h2"))
+    records["h2"].hangs = True
+    keeper = a_keeper(records)
+    work = asyncio.create_task(keeper.run())
+    try:
+        await until(lambda: records["h1"].told)
+        records.guests_now = [a_guest(host="h2")]
+        keeper.look_again()
+        await until(lambda: len(records["h1"].told) == 2)
+    finally:
+        work.cancel()
+        await asyncio.wait({work})
+
+
 async def test_pointing_says_who_has_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("handoff_controller.network_keeper.POINTING_TIMEOUT_S", 0.1)
     down = HostState.HOST_STATE_DOWN

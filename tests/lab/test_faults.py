@@ -4,22 +4,54 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from moves import OBSERVER, Subject, qemu_on, story
 
+from handoff.agent.v1.qemu_pb2 import HandoffRole, HandoffState
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationOptions
 from handoff_controller.machine import State, state_of
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
 from handoff_lab.node import wait_for
 from handoff_lab.probe import TcpSession
+from soak.clients import AgentSide
 
 pytestmark = pytest.mark.lab
 
 SLOW = MigrationOptions(bandwidth_bytes_per_s=8 << 20)
+FAST = MigrationOptions(bandwidth_bytes_per_s=64 << 20)
+LEADER_HEARS_S = 0.2
 SWITCH_DEADLINE_S = 2.0
 """The default of MigrationOptions.switch_deadline."""
+
+
+@asynccontextmanager
+async def order_held_up(subject: Subject, there: str) -> AsyncIterator[Migration]:
+    """A migration in SWITCHING whose destination was asked, and whose source hears of the order when this ends.
+
+    etcd stands still until the source is ready, so that the leader can't go on; then the source's agent does.
+    """
+    fleet, here = subject.fleet, await subject.host()
+    etcd, source = fleet.daemon("etcd1", "etcd"), fleet.daemon(here, "agent")
+    migration = await subject.moves.create(subject.name, there, FAST)
+    await subject.moves.reaches(migration.id, State.COPYING)
+    etcd.signal(signal.SIGSTOP)
+    try:
+        ready = frozenset({HandoffState.HANDOFF_STATE_READY})
+        await AgentSide(fleet.lab, here).reaches(migration.id, HandoffRole.HANDOFF_ROLE_SOURCE, ready)
+        await asyncio.sleep(LEADER_HEARS_S)
+        source.signal(signal.SIGSTOP)
+    finally:
+        etcd.signal(signal.SIGCONT)
+    try:
+        await subject.moves.reaches(migration.id, State.SWITCHING)
+        await asyncio.sleep(LEADER_HEARS_S)
+        yield migration
+    finally:
+        source.signal(signal.SIGCONT)
 
 
 def gone_from(fleet: Fleet, host: str, guest: str) -> None:
@@ -65,11 +97,9 @@ async def test_the_destinations_qemu_freezes_in_the_pause(subject: Subject, flee
     """The switch's deadline brings the guest back; the record says how long it stood still."""
     here, there = await subject.host(), await subject.away()
     async with TcpSession(fleet.node(OBSERVER), subject.record.ip) as session:
-        migration = await subject.moves.create(subject.name, there)
-        await subject.moves.reaches(migration.id, State.COPYING)
-        victim = await asyncio.to_thread(qemu_on, fleet, there, subject.name)
-        await subject.moves.reaches(migration.id, State.SWITCHING)
-        os.kill(victim, signal.SIGSTOP)
+        async with order_held_up(subject, there) as migration:
+            victim = await asyncio.to_thread(qemu_on, fleet, there, subject.name)
+            os.kill(victim, signal.SIGSTOP)
         migration = await ended(subject, migration, State.ABORTED, here)
         result = await session.close()
     assert result.survived, result
@@ -82,9 +112,8 @@ async def test_the_destinations_agent_dies_after_the_commit(subject: Subject, fl
     there = await subject.away()
     agent = fleet.daemon(there, "agent")
     async with TcpSession(fleet.node(OBSERVER), subject.record.ip) as session:
-        migration = await subject.moves.create(subject.name, there)
-        await subject.moves.reaches(migration.id, State.SWITCHING)
-        await asyncio.to_thread(agent.signal, signal.SIGKILL)
+        async with order_held_up(subject, there) as migration:
+            await asyncio.to_thread(agent.signal, signal.SIGKILL)
         await subject.moves.reaches(migration.id, State.COMMITTED)
         await asyncio.to_thread(agent.start)
         await ended(subject, migration, State.DONE, there)
@@ -95,11 +124,9 @@ async def test_the_commit_is_taken_back_on_proof_that_the_copy_never_ran(subject
     """The destination's QEMU dies committed and not yet resumed: its agent can tell, and the source runs."""
     here, there = await subject.host(), await subject.away()
     agent = fleet.daemon(there, "agent")
-    migration = await subject.moves.create(subject.name, there)
-    await subject.moves.reaches(migration.id, State.COPYING)
-    victim = await asyncio.to_thread(qemu_on, fleet, there, subject.name)
-    await subject.moves.reaches(migration.id, State.SWITCHING)
-    agent.signal(signal.SIGSTOP)
+    async with order_held_up(subject, there) as migration:
+        victim = await asyncio.to_thread(qemu_on, fleet, there, subject.name)
+        agent.signal(signal.SIGSTOP)
     try:
         await subject.moves.reaches(migration.id, State.COMMITTED)
         os.kill(victim, signal.SIGKILL)

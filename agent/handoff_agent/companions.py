@@ -63,6 +63,9 @@ class SourceCompanion:
         breaks the switch off; so does the switch's deadline, which cancels it.
         """
 
+    async def held_again(self) -> None:
+        """An agent that was restarted finds the guest HELD: what the destination still needs is there on return."""
+
     async def back(self) -> None:
         """The guest runs here, or is about to: turns everything back. The guest waits for it for a moment only.
 

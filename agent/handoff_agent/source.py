@@ -187,6 +187,12 @@ class SourceHandoff(Handoff):
         """Takes up what an earlier life of this agent began."""
         if self.state in COPYING_STATES:
             self._own(self._rejoin())
+        elif self.state == HELD:
+            self._own(self._hold_again())
+
+    async def _hold_again(self) -> None:
+        with contextlib.suppress(HandoffError):  # it is logged
+            await each((companion.held_again() for companion in self.companions), self.log)
 
     async def detach(self) -> None:
         """Ends the agent's work on it, for the agent's own end. QEMU goes on as it is."""

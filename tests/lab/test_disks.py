@@ -1,6 +1,7 @@
 """Local disks go with a running guest that writes to them: not a byte lost, and nothing left of a move or an abort."""
 
 import asyncio
+import signal
 import subprocess
 from contextlib import aclosing
 
@@ -139,7 +140,7 @@ async def test_a_guest_that_writes_faster_than_is_sent_is_slowed(moves: Moves, g
     await disks.must_be_whole_at("h2", "h1")
 
 
-async def test_what_is_pulled_waits_for_a_link_that_is_cut(moves: Moves, guests: Guests, fleet: Fleet) -> None:
+async def test_a_pull_outlives_its_link_its_leader_and_its_agent(moves: Moves, guests: Guests, fleet: Fleet) -> None:
     """The guest is there long before its disk; while the source is away its reads wait, and none fails."""
     disks = await Disks.create(moves, guests, ("size=1G,format=qcow2,place=local,data=200M",))
     options = MigrationOptions(bandwidth_bytes_per_s=24 << 20, fast=True)
@@ -150,13 +151,18 @@ async def test_what_is_pulled_waits_for_a_link_that_is_cut(moves: Moves, guests:
         async for update in updates:
             if any(disk.phase == DiskPhase.DISK_PHASE_PULLING and disk.done_bytes for disk in update.progress.disks):
                 break
+    leader = await moves.wait_leader()
+    other = next(name for name in moves.controllers if name != leader.name)
     fleet.set_link("h1", up=False, management=False)
     try:
-        await asyncio.sleep(6)
-        assert state_of(await moves.get(migration.id)) is State.FINISHING
+        fleet.daemon(leader.name, "controller").signal(signal.SIGKILL)
+        await asyncio.to_thread(fleet.host("h2").restart, "agent")
+        await moves.wait_leader(other_than=leader.name)
+        assert state_of(await moves.get(migration.id, other)) is State.FINISHING
     finally:
         fleet.set_link("h1", up=True, management=False)
-    migration = await moves.ends(migration.id)
+        await asyncio.to_thread(fleet.up)
+    migration = await moves.ends(migration.id, other)
     assert state_of(migration) is State.DONE, story(migration)
     verdict = await disks.must_be_whole_at("h2", "h1")
     assert verdict.disk("vda").layers == 1

@@ -42,6 +42,7 @@ class Pull:
         self._bytes_per_s = bytes_per_s
         self._log = log
         self._last = (time.monotonic(), 0)
+        self._total = move.bytes_to_send
 
     async def run(self, report: Report) -> None:
         """Returns when the image, by its own word, needs nothing of the source any more. Never gives up."""
@@ -56,6 +57,7 @@ class Pull:
                     await self._rebase()
             except HandoffError as error:
                 self._log.warning("pull goes on", disk=self._move.target, error=error.message)
+                report(self._reading(pb.DISK_PHASE_PULLING, self._last[1], self._total, error.message))
                 await asyncio.sleep(RETRY_S)
 
     async def _pull(self, report: Report) -> None:
@@ -76,12 +78,17 @@ class Pull:
     async def _rebase(self) -> None:
         await _qemu_img("rebase", "-f", self._move.format, "-b", "", self._move.path)
 
-    def _reading(self, phase: pb.DiskPhase.ValueType, done: int, total: int) -> pb.DiskProgress:
+    def _reading(self, phase: pb.DiskPhase.ValueType, done: int, total: int, trouble: str = "") -> pb.DiskProgress:
         (then_s, before), now_s = self._last, time.monotonic()
-        self._last = (now_s, done)
+        self._last, self._total = (now_s, done), total
         rate = int(max(0, done - before) / (now_s - then_s)) if now_s > then_s and before else 0
         return pb.DiskProgress(
-            target=self._move.target, phase=phase, done_bytes=done, total_bytes=total, bytes_per_s=rate
+            target=self._move.target,
+            phase=phase,
+            done_bytes=done,
+            total_bytes=total,
+            bytes_per_s=rate,
+            decision=trouble,
         )
 
 

@@ -26,7 +26,7 @@ from handoff_agent.disks.nodes import disk_nodes
 from handoff_agent.disks.pace import Sample, decide, rate_bytes_per_s
 from handoff_agent.disks.plan import MOVED, PULL
 from handoff_agent.disks.settings import StorageSettings
-from handoff_agent.disks.storage_daemon import Export, StorageDaemon, find_binary
+from handoff_agent.disks.storage_daemon import Address, Export, StorageDaemon, find_binary
 from handoff_agent.disks.uris import parse_uri
 from handoff_agent.domains import is_active
 from handoff_agent.guests import parse_domain
@@ -95,19 +95,25 @@ class DepartingDisks(SourceCompanion):
         await self._handoff.change(disks=recorded(moves))
         await overlay.make(self._slot, uuid, pulled)
         xml = await self._slot.on_domain(uuid, lambda domain: domain.XMLDesc(0))
-        exports = {
-            move.target: Export(f"{migration_id}-{move.target}-base", move.source, move.source_format, writable=False)
-            for move in pulled
-        }
+        emulator = parse_domain(xml).findtext("devices/emulator", "").strip()
+        await self._export_bases(pulled, emulator, self._settings.address)
+        await self._handoff.change(disks=recorded(moves))
+
+    async def _export_bases(self, pulled: Sequence[pb.DiskMove], emulator: str, address: Address) -> None:
+        names = {move.target: f"{self._handoff.record.migration_id}-{move.target}-base" for move in pulled}
+        exports = [Export(names[move.target], move.source, move.source_format, writable=False) for move in pulled]
         uris = await self._base.start(
-            find_binary(parse_domain(xml).findtext("devices/emulator", "").strip()),
-            list(exports.values()),
-            self._settings.address,
-            tls_credentials=self._settings.tls_credentials,
+            find_binary(emulator), exports, address, tls_credentials=self._settings.tls_credentials
         )
         for move in pulled:
-            move.base_uri = uris[exports[move.target].name]
-        await self._handoff.change(disks=recorded(moves))
+            move.base_uri = uris[names[move.target]]
+
+    async def held_again(self) -> None:
+        """Exports the bases again where they were, if the storage daemon has ended: with the host, perhaps."""
+        pulled = [move for move in self._pulled() if move.base_uri]
+        if pulled and self._base.pid is None:
+            where = parse_uri(pulled[0].base_uri)
+            await self._export_bases(pulled, "", Address(where.host, where.port, where.port))
 
     async def begin(self) -> None:
         """Mirrors all disks until they are in step. Raises PreconditionError when one can't be, with QEMU's reason.

@@ -55,7 +55,7 @@ class Address:
 def find_binary(emulator: str) -> str:
     """The storage daemon that came with a QEMU build, or the system's. Raises PreconditionError without any."""
     prefix = Path(emulator).resolve().parent
-    for candidate in (prefix / _BINARY, prefix.parent / "usr/bin" / _BINARY):
+    for candidate in (prefix / _BINARY, prefix.parent / "usr/bin" / _BINARY) if emulator else ():
         if os.access(candidate, os.X_OK):
             return str(candidate)
     found = shutil.which(_BINARY)

@@ -56,7 +56,8 @@ def disk_facts(disks: Sequence[DiskProgress]) -> Iterator[str]:
     for disk in disks:
         blocked = ", guest writes wait for it" if disk.write_blocking else ""
         rate = f" at {format_rate(disk.bytes_per_s)}" if disk.bytes_per_s else ""
+        trouble = f" ({disk.decision})" if disk.phase == DiskPhase.DISK_PHASE_PULLING and disk.decision else ""
         yield (
             f"disk {disk.target} {format_bytes(disk.done_bytes)} of {format_bytes(disk.total_bytes)} "
-            f"{_PHASES.get(disk.phase, '')}{rate}{blocked}"
+            f"{_PHASES.get(disk.phase, '')}{rate}{blocked}{trouble}"
         )

@@ -274,6 +274,9 @@ async def test_a_pull_goes_on_after_the_guest_was_shut_down_and_the_agent_restar
     destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
     assert destination.record.pulling
     await move.target.slot.on_domain(move.guest, lambda d: d.destroy())
+    # As if the source's host had been off: its agent exports the base again, where it was.
+    await StorageDaemon(move.source.state_dir / "storage" / move.id / "base", move.source.threads).stop()
+    await move.source.restart()
     await pulled(destination)
     await destination.finalize()
     await move.source.handoffs.source(move.id, Call.RELEASE).release()

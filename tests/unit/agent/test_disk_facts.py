@@ -1,0 +1,51 @@
+"""What is told of a guest's disks, by a real QEMU: whatever they are plugged into."""
+
+import subprocess
+import uuid
+from pathlib import Path
+
+from test_handoffs import QEMU, Host, _remove
+
+from handoff.agent.v1 import types_pb2 as types
+
+BUSES = {"vda": "virtio", "sda": "sata", "sdb": "scsi", "sdc": "usb"}
+
+
+def make_image(path: Path, size_mib: int, base: Path | None = None) -> None:
+    backing = ["-b", str(base), "-F", "raw"] if base else []
+    image_format = path.suffix.removeprefix(".")
+    command = ["qemu-img", "create", "-q", "-f", image_format, *backing, str(path), f"{size_mib}M"]
+    subprocess.run(command, check=True)
+
+
+async def test_disks_on_every_bus(libvirtd: str, tmp_path: Path) -> None:
+    host = Host("h1", libvirtd, tmp_path / "1", 49400)
+    disks = "<disk type='file' device='cdrom'><target dev='sdd' bus='sata'/><readonly/></disk>"
+    base = tmp_path / "base.raw"
+    make_image(base, 9)
+    for number, (target, bus) in enumerate(BUSES.items()):
+        path = tmp_path / f"{target}.qcow2"
+        make_image(path, 10 + number, base if target == "sdb" else None)
+        disks += (
+            f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{path}'/>"
+            f"<target dev='{target}' bus='{bus}'/></disk>"
+        )
+    identity = str(uuid.uuid4())
+    xml = f"""<domain type='qemu'><name>g-{identity[:6]}</name><uuid>{identity}</uuid><memory unit='MiB'>64</memory>
+    <os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features><devices>
+    <emulator>{QEMU}</emulator>{disks}<controller type='scsi' model='virtio-scsi'/></devices></domain>"""
+    async with host.running():
+        domain = await host.slot.call(lambda connection: connection.createXML(xml, 0))
+        _, guest = await host.handoffs.prepare_source("m", identity, validate_only=True)
+        await host.slot.call(lambda _: _remove(domain))
+    found = {facts.target: facts for facts in guest.disks}
+    assert {target: found[target].virtual_size_bytes >> 20 for target in BUSES} == {
+        "vda": 10,
+        "sda": 11,
+        "sdb": 12,
+        "sdc": 13,
+    }
+    assert list(found["sdb"].backing) == [str(base)]
+    assert all(found[target].cluster_bytes == 65536 for target in BUSES)
+    assert all(found[target].placement == types.DISK_PLACEMENT_LOCAL for target in BUSES)
+    assert found["sdd"].placement == types.DISK_PLACEMENT_EMPTY

@@ -64,7 +64,7 @@ class SourceCompanion:
         """
 
     async def held_again(self) -> None:
-        """An agent that was restarted finds the guest HELD: what the destination still needs is there on return."""
+        """An agent that was restarted finds the guest HELD: what the destination still needs is there again soon."""
 
     async def back(self) -> None:
         """The guest runs here, or is about to: turns everything back. The guest waits for it for a moment only.
@@ -75,6 +75,9 @@ class SourceCompanion:
 
     async def released(self) -> None:
         """The held copy is destroyed, and undefined. A failure leaves the release undone, to be repeated."""
+
+    async def detach(self) -> None:
+        """The agent ends: so does all that it does itself; the next one's `held_again` or `begin` goes on with it."""
 
 
 class DestinationCompanion:

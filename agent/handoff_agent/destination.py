@@ -182,6 +182,8 @@ class DestinationHandoff(Handoff):
         await asyncio.gather(
             self._monitor.execute("announce-self", _ANNOUNCE), self._tell_running(), return_exceptions=True
         )
+        if not self._knows_running and self.record.pulling:
+            self.watch()  # the leader finalizes only when all is pulled
 
     async def _run_here(self, deadline: float, arrived_s: float) -> None:
         """ACTIVE once QEMU says that the guest runs, FAILED if it certainly won't. Raises as `_run` does."""

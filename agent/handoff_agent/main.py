@@ -101,7 +101,8 @@ async def serve(settings: AgentSettings) -> None:
             TermGuard(settings.state_dir),
             changes,
             AllCompanions(
-                *([NetworkCompanions(network)] if network else []), DiskCompanions(_storage_settings(settings), storage)
+                *([NetworkCompanions(network)] if network else []),
+                DiskCompanions(_storage_settings(settings), storage, slots),
             ),
         )
         await handoffs.open()

@@ -181,6 +181,9 @@ class SourceHandoff(Handoff):
                     raise error
                 await self.change(**changes)
             else:
+                # Disks are brought back without it.
+                if (error := await turning_back) is not None:
+                    raise error
                 await self.change(state=FAILED, message="the held copy is gone: its QEMU ended at the source")
 
     def adopt(self) -> None:
@@ -200,6 +203,7 @@ class SourceHandoff(Handoff):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+        await each((companion.detach() for companion in self.companions), self.log)
         await self._breaker.close()
 
     # What the way of transfer asks of it.

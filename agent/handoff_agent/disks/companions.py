@@ -14,13 +14,15 @@ from handoff_agent.slots import Slot
 class DiskCompanions:
     """Says that disks go with guests. Those of a guest that stays on its host need nothing: their plan is empty."""
 
-    def __init__(self, settings: StorageSettings, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, settings: StorageSettings, threads: ThreadPoolExecutor, slots: Sequence[Slot]) -> None:
+        """`slots`: all of the host."""
         self._settings = settings
         self._threads = threads
+        self._slots = slots
 
     def of_source(self, handoff: Handoff, slot: Slot) -> Sequence[SourceCompanion]:
         """For a guest that leaves."""
-        return (DepartingDisks(handoff, slot, self._settings, self._threads),)
+        return (DepartingDisks(handoff, slot, self._settings, self._threads, self._slots),)
 
     def of_destination(self, handoff: Handoff, slot: Slot) -> Sequence[DestinationCompanion]:
         """For a guest that comes."""

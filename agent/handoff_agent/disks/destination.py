@@ -4,7 +4,7 @@ prepare       images made, exported; the XML names them
               (the source mirrors into them)
 before_run    the exports are closed: the images are the guest's own
 running       what they still lack is pulled from the source
-undo          no export, no image
+undo          no export, no image, no pull
 """
 
 import asyncio
@@ -23,6 +23,7 @@ from handoff_agent.disks.pull import Pull
 from handoff_agent.disks.rewrite import with_disks
 from handoff_agent.disks.settings import StorageSettings
 from handoff_agent.disks.storage_daemon import Export, StorageDaemon, find_binary
+from handoff_agent.domains import undefine
 from handoff_agent.guests import parse_domain
 from handoff_agent.handoff import Handoff
 from handoff_agent.slots import Slot
@@ -80,17 +81,19 @@ class ArrivingDisks(DestinationCompanion):
     async def detach(self) -> None:
         """QEMU goes on with a pull; the next agent finds it again."""
         self._stop_flushing()
-        if self._pulling is not None:
-            self._pulling.cancel()
-            await asyncio.gather(self._pulling, return_exceptions=True)
+        await self._stop_pulling()
 
     async def finalize(self) -> None:
-        """The images are the guest's: nothing of them is ours to remove any more."""
+        """The images are the guest's: nothing of them is ours to remove, or to pull, any more."""
+        await self._stop_pulling()
         await self._daemon.stop()
 
     async def undo(self) -> None:
-        """Closes the exports and removes the images that were made."""
+        """Closes the exports and removes the images that were made; and the definition, if the guest ran here."""
         self._stop_flushing()
+        await self._stop_pulling()
+        if self._handoff.record.pulling and self._handoff.record.activating:
+            await undefine(self._slot, self._handoff.record.domain_uuid)
         await self._daemon.stop()
         for path in self._handoff.record.images:
             await self._blocking(partial(images.remove, path))
@@ -108,6 +111,11 @@ class ArrivingDisks(DestinationCompanion):
         if self._flushing is not None:
             self._flushing.cancel()
             self._flushing = None
+
+    async def _stop_pulling(self) -> None:
+        if self._pulling is not None:
+            self._pulling.cancel()
+            await asyncio.gather(self._pulling, return_exceptions=True)
 
     async def _pull(self) -> None:
         record = self._handoff.record

@@ -55,9 +55,11 @@ def create(
 
 
 def remove(path: str) -> None:
-    """Removes an image, if there is one. Raises PreconditionError when that can't be done."""
+    """Removes an image file, if there is one; a block device stays. Raises PreconditionError when it can't be done."""
     try:
-        Path(path).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if Path(path).is_file():
+                Path(path).unlink()
     except OSError as error:
         raise _failure(path, error) from None
 

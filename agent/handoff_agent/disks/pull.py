@@ -8,23 +8,24 @@ the guest wait, and so does the pull.
 """
 
 import asyncio
-import contextlib
-import json
 import time
 from collections.abc import Callable
-from typing import Final, cast
+from typing import Final
 
 import libvirt
 import structlog
 
 from handoff.agent.v1 import disk_pb2 as pb
+from handoff_agent.disks.qemu_img import is_flat, qemu_img
+from handoff_agent.disks.uris import parse_uri
 from handoff_agent.domains import is_active
 from handoff_agent.slots import Slot
 from handoff_common.errors import HandoffError, UnavailableError
 
 POLL_S: Final = 0.5
 RETRY_S: Final = 2.0
-INFO_TIMEOUT_S: Final = 10.0
+# A source that gives nothing for longer is told of.
+STALL_S: Final = 10.0
 
 Report = Callable[[pb.DiskProgress], None]
 
@@ -69,14 +70,25 @@ class Pull:
                 domain.blockPull(target, self._bytes_per_s, libvirt.VIR_DOMAIN_BLOCK_PULL_BANDWIDTH_BYTES)
 
         await self._slot.on_domain(self._uuid, begin)
+        done, since_s = -1, time.monotonic()
         while job := await self._slot.on_domain(self._uuid, lambda domain: domain.blockJobInfo(target)):
-            report(self._reading(pb.DISK_PHASE_PULLING, job["cur"], job["end"]))
+            if job["cur"] != done:
+                done, since_s = job["cur"], time.monotonic()
+            stalls = time.monotonic() - since_s > STALL_S
+            report(self._reading(pb.DISK_PHASE_PULLING, done, job["end"], self._silence() if stalls else ""))
             await asyncio.sleep(POLL_S)
         if not await is_flat(self._move.path):
             raise UnavailableError(f"the pull of disk {target} has ended early; see virsh domblkerror")
 
     async def _rebase(self) -> None:
-        await _qemu_img("rebase", "-f", self._move.format, "-b", "", self._move.path)
+        await qemu_img("rebase", "-f", self._move.format, "-b", "", self._move.path)
+
+    def _silence(self) -> str:
+        base = parse_uri(self._move.base_uri)
+        return (
+            f"nothing comes from {base.host}:{base.port}; what the guest reads of disk {self._move.target} that is not"
+            " here yet waits for it"
+        )
 
     def _reading(self, phase: pb.DiskPhase.ValueType, done: int, total: int, trouble: str = "") -> pb.DiskProgress:
         (then_s, before), now_s = self._last, time.monotonic()
@@ -90,29 +102,3 @@ class Pull:
             bytes_per_s=rate,
             decision=trouble,
         )
-
-
-async def is_flat(path: str) -> bool:
-    """Whether an image is backed by nothing. Raises UnavailableError when it can't be read."""
-    async with asyncio.timeout(INFO_TIMEOUT_S):
-        told = await _qemu_img("info", "-U", "--output=json", path)
-    return "backing-filename" not in cast(dict[str, object], json.loads(told))
-
-
-async def _qemu_img(*arguments: str) -> str:
-    process = await asyncio.create_subprocess_exec(
-        *("qemu-img", *arguments),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        stdout, stderr = await process.communicate()
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        raise UnavailableError(f"qemu-img {arguments[0]}: {stderr.decode(errors='replace').strip()[-300:]}")
-    return stdout.decode()

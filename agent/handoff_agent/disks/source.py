@@ -3,18 +3,21 @@
 leaving     a disk that will be pulled gets an overlay; its base is exported
 begin       mirrors start; returns when all are in step with the guest
 ordered     the guest's writes wait for the destination: nothing is left when it is paused
-paused      mirrors end, complete
+paused      mirrors end, complete; from here on the bases' exports are kept alive
 back        mirrors end, incomplete; an overlay is folded back
 released    the images are removed, no export is left
 """
 
 import asyncio
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final
+
+import libvirt
 
 from handoff.agent.v1 import disk_pb2 as pb
 from handoff_agent.companions import SourceCompanion
@@ -29,11 +32,11 @@ from handoff_agent.disks.settings import StorageSettings
 from handoff_agent.disks.storage_daemon import Address, Export, StorageDaemon, find_binary
 from handoff_agent.disks.uris import parse_uri
 from handoff_agent.domains import is_active
-from handoff_agent.guests import parse_domain
+from handoff_agent.guests import layers, parse_domain
 from handoff_agent.handoff import Handoff
 from handoff_agent.monitor import Json, Monitor
 from handoff_agent.slots import Slot
-from handoff_common.errors import DeadlineError, PreconditionError, UnavailableError
+from handoff_common.errors import DeadlineError, HandoffError, PreconditionError, UnavailableError
 
 LOOK_INTERVAL_S: Final = 0.5
 FIRST_LOOKS_S: Final = 0.05
@@ -43,6 +46,7 @@ SYNC_POLL_S: Final = 0.01
 # does libvirt: they are cut without asking it.
 ANSWER_TIMEOUT_S: Final = 0.5
 MAX_SAMPLES: Final = 2000
+BASE_LOOK_S: Final = 2.0
 
 
 class Urgent:
@@ -59,8 +63,17 @@ class Urgent:
 class DepartingDisks(SourceCompanion):
     """The disks of one guest that leaves."""
 
-    def __init__(self, handoff: Handoff, slot: Slot, settings: StorageSettings, threads: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        handoff: Handoff,
+        slot: Slot,
+        settings: StorageSettings,
+        threads: ThreadPoolExecutor,
+        slots: Sequence[Slot] = (),
+    ) -> None:
+        """`slots`: all of this host; their guests' images stay."""
         self._handoff = handoff
+        self._slots = slots or (slot,)
         self._slot = slot
         self._settings = settings
         self._threads = threads
@@ -71,6 +84,8 @@ class DepartingDisks(SourceCompanion):
         """Disks whose writes wait for the destination."""
         self._why_blocking: dict[str, str] = {}
         self._sharing = 0
+        self._keeping: asyncio.Task[None] | None = None
+        self._kept_enough = asyncio.Event()
         self._began_s = time.monotonic()
 
     def _moved(self) -> Sequence[pb.DiskMove]:
@@ -110,10 +125,38 @@ class DepartingDisks(SourceCompanion):
 
     async def held_again(self) -> None:
         """Exports the bases again where they were, if the storage daemon has ended: with the host, perhaps."""
+        self._keep_bases()
+
+    async def detach(self) -> None:
+        """The storage daemon goes on without the agent."""
+        await self._stop_keeping()
+
+    def _keep_bases(self) -> None:
+        if self._keeping is None and any(move.base_uri for move in self._pulled()):
+            self._kept_enough.clear()
+            self._keeping = asyncio.create_task(self._keep(), name=f"base-{self._handoff.record.migration_id}")
+
+    async def _keep(self) -> None:
+        """A guest at the destination waits for what it has not pulled yet, until this host gives it again."""
         pulled = [move for move in self._pulled() if move.base_uri]
-        if pulled and self._base.pid is None:
-            where = parse_uri(pulled[0].base_uri)
-            await self._export_bases(pulled, "", Address(where.host, where.port, where.port))
+        where = parse_uri(pulled[0].base_uri)
+        while not self._kept_enough.is_set():
+            if self._base.pid is None:
+                try:
+                    await self._export_bases(pulled, "", Address(where.host, where.port, where.port))
+                    self._handoff.log.info("disks are given again", port=where.port)
+                except HandoffError as error:  # the address may not be up yet after a boot, or the port be taken
+                    self._handoff.log.warning("disks can't be given", error=error.message)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BASE_LOOK_S):
+                    await self._kept_enough.wait()
+
+    async def _stop_keeping(self) -> None:
+        """Not by a cancel: what it starts must not outlive it."""
+        self._kept_enough.set()
+        if self._keeping is not None:
+            await asyncio.gather(self._keeping, return_exceptions=True)
+            self._keeping = None
 
     async def begin(self) -> None:
         """Mirrors all disks until they are in step. Raises PreconditionError when one can't be, with QEMU's reason.
@@ -174,9 +217,11 @@ class DepartingDisks(SourceCompanion):
     async def paused(self) -> None:
         """Ends the mirrors: both sides have the same bytes on return. Raises PreconditionError when one has failed."""
         await asyncio.gather(*(mirror.complete() for mirror in self._mirrors()))
+        self._keep_bases()
 
     async def back(self) -> None:
         """Ends the mirrors, whatever the state of the link. Raises DeadlineError when QEMU does not let go."""
+        await self._stop_keeping()
         await self._base.stop()
         turning_back = asyncio.create_task(self._turn_back())
         try:
@@ -192,22 +237,41 @@ class DepartingDisks(SourceCompanion):
 
     async def _turn_back(self) -> None:
         uuid = self._handoff.record.domain_uuid
-        if not await is_active(self._slot, uuid):
-            return
-        await asyncio.gather(*(Mirror(self._monitor, move.target).cancel() for move in self._moved() if move.uri))
+        if await is_active(self._slot, uuid):
+            await asyncio.gather(*(Mirror(self._monitor, move.target).cancel() for move in self._moved() if move.uri))
         for move in self._pulled():
             if move.overlay:
                 await overlay.fold_back(self._slot, uuid, move)
                 await self._blocking_call(partial(images.remove, move.overlay))
 
     async def released(self) -> None:
-        """Removes the images, unless they were to be kept. What they were backed by may be others' too, and stays."""
+        """Removes the images, unless they were to be kept; never one that another guest of this host has too.
+
+        What they were backed by may be others' too, and stays; so do block devices.
+        """
+        await self._stop_keeping()
         await self._base.stop()
-        if self._handoff.record.keep_disks:
+        if self._handoff.record.keep_disks or not self._moved():
             return
+        others = await self._of_others()
         for move in self._moved():
             for path in filter(None, (move.overlay, move.source)):
-                await self._blocking_call(partial(images.remove, path))
+                if path in others:
+                    self._handoff.log.warning("image stays: another guest has it too", path=path)
+                else:
+                    await self._blocking_call(partial(images.remove, path))
+
+    async def _of_others(self) -> frozenset[str]:
+        """Images in the definitions of other guests here, and in what those run with."""
+        uuid = self._handoff.record.domain_uuid
+
+        def read(connection: libvirt.virConnect) -> list[str]:
+            others = [domain for domain in connection.listAllDomains() if domain.UUIDString() != uuid]
+            return [_xml_of(domain, flags) for domain in others for flags in (0, libvirt.VIR_DOMAIN_XML_INACTIVE)]
+
+        definitions = [xml for slot in self._slots for xml in await slot.call(read) if xml]
+        disks = (disk for xml in definitions for disk in parse_domain(xml).iterfind("devices/disk"))
+        return frozenset(layer.source for disk in disks for layer in layers(disk))
 
     async def _blocking_call(self, work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -259,6 +323,14 @@ class DepartingDisks(SourceCompanion):
         self._sharing = len(behind)
         for target in behind:
             await Mirror(self._monitor, target).set_speed(limit // len(behind))
+
+
+def _xml_of(domain: libvirt.virDomain, flags: int) -> str:
+    """Empty for one that has just gone."""
+    try:
+        return str(domain.XMLDesc(flags))
+    except libvirt.libvirtError:
+        return ""
 
 
 def _healthy(target: str, job: JobInfo | None) -> JobInfo:

@@ -126,8 +126,7 @@ async def test_a_local_disk_goes_along(move: Move, formats: tuple[str, str]) -> 
     left, (arrived,) = images(move)
     assert left == [kept]
     assert arrived.name == f"a.{formats[1]}"
-    persistent = await move.target.slot.on_domain(move.guest, lambda d: d.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
-    assert str(arrived) in persistent
+    assert str(arrived) in await definition(move.target, move.guest)
     await move.target.slot.on_domain(move.guest, lambda d: d.destroy())
     await move.target.slot.on_domain(move.guest, lambda d: d.create())
     await move.target.slot.on_domain(move.guest, lambda d: d.destroy())
@@ -146,6 +145,10 @@ async def test_an_abort_leaves_no_image(move: Move, stage: State) -> None:
     assert len(images(move)[0]) == 1
     assert nothing_left(move)
     await replace(move, id=f"{move.id}-again").advance(HELD)
+
+
+async def definition(host: Host, guest: str) -> str:
+    return await host.slot.on_domain(guest, lambda domain: domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
 
 
 async def guest_writes(host: Host, guest: str, byte: int, at_mib: int) -> None:
@@ -209,7 +212,7 @@ async def test_what_is_pulled_comes_after_the_guest(move: Move) -> None:
 @pytest.mark.parametrize("stage", [PREPARED, READY, HELD], ids=["prepared", "ready", "held"])
 async def test_a_pull_that_is_aborted_before_the_switch_was_never_tried(move: Move, stage: State) -> None:
     move = replace(move, fast=True)
-    before = await move.source.slot.on_domain(move.guest, lambda d: d.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+    before = await definition(move.source, move.guest)
     (base,), _ = images(move)
     await move.advance(stage)
     if stage != HELD:
@@ -218,8 +221,7 @@ async def test_a_pull_that_is_aborted_before_the_switch_was_never_tried(move: Mo
     assert await move.is_running(move.source)
     assert await left_in_qemu(move.source, move.guest) == []
     assert images(move) == ([base], [])
-    after = await move.source.slot.on_domain(move.guest, lambda d: d.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
-    assert after == before
+    assert await definition(move.source, move.guest) == before
     await move.source.slot.on_domain(move.guest, lambda d: d.destroy())
     assert holds(base, 7, 1)
     assert stage == HELD or holds(base, 9, 5)
@@ -284,6 +286,68 @@ async def test_a_pull_goes_on_after_the_guest_was_shut_down_and_the_agent_restar
     assert holds(arrived, 7, 1)
     await move.target.slot.on_domain(move.guest, lambda d: d.create())
     assert nothing_left(move)
+
+
+@pytest.mark.parametrize("formats", [("qcow2", "qcow2"), ("raw", "raw")], ids=["qcow2", "raw"])
+async def test_a_guest_that_ends_before_the_switch_keeps_what_it_wrote_to_its_overlay(move: Move) -> None:
+    """Nobody is there any more to commit it, and its next boot is from the base."""
+    move = replace(move, fast=True)
+    before = await definition(move.source, move.guest)
+    (base,), _ = images(move)
+    await move.advance(READY)
+    await guest_writes(move.source, move.guest, 9, 5)
+    await move.source.slot.on_domain(move.guest, lambda d: d.destroy())
+    await move.until(FAILED)
+    await move.abort()
+    assert images(move) == ([base], [])
+    assert await definition(move.source, move.guest) == before
+    assert holds(base, 7, 1)
+    assert holds(base, 9, 5)
+    assert nothing_left(move)
+
+
+@pytest.mark.parametrize("formats", [("qcow2", "qcow2")], ids=["qcow2"])
+async def test_a_destination_that_is_fenced_in_the_pull_leaves_the_source_as_it_was_at_the_switch(move: Move) -> None:
+    move = replace(move, fast=True)
+    move.target.pull_bytes_per_s = 1 << 20
+    await move.advance(READY)
+    await guest_writes(move.source, move.guest, 9, 5)
+    await move.source.handoffs.source(move.id, Call.SWITCH_OVER).switch_over()
+    assert (await move.until(HELD)).state == HELD
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    await destination.activate()
+    await guest_writes(move.target, move.guest, 11, 7)
+    assert destination.record.pulling
+    # What the source gives comes back by itself.
+    daemon = StorageDaemon(move.source.state_dir / "storage" / move.id / "base", move.source.threads)
+    await daemon.stop()
+    async with asyncio.timeout(10):
+        while daemon.pid is None:  # noqa: ASYNC110 - another's process
+            await asyncio.sleep(0.1)
+    await move.source.handoffs.abort(move.id, SOURCE, "h2 is fenced")
+    await move.target.handoffs.abort(move.id, DESTINATION, "h2 is fenced", fenced=True)
+    assert await move.is_running(move.source)
+    assert await move.target.hypervisor.list() == []
+    ((base,), there) = images(move)
+    assert there == []
+    await move.source.slot.on_domain(move.guest, lambda d: d.destroy())
+    assert holds(base, 9, 5)
+    assert holds(base, 7, 7)
+    assert nothing_left(move)
+
+
+@pytest.mark.parametrize("formats", [("raw", "raw")], ids=["raw"])
+async def test_an_image_that_another_guest_has_too_stays(move: Move) -> None:
+    (image,), _ = images(move)
+    other = f"""<domain type='qemu'><name>other-{move.id}</name><memory>65536</memory><os><type>hvm</type></os><devices>
+    <disk type='file'><source file='{image}'/><target dev='vdb' bus='virtio'/><readonly/></disk></devices></domain>"""
+    await move.source.slot.call(lambda connection: connection.defineXML(other))
+    await move.advance(HELD)
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    await destination.activate()
+    await move.source.handoffs.source(move.id, Call.RELEASE).release()
+    await destination.finalize()
+    assert images(move)[0] == [image]
 
 
 @pytest.mark.parametrize("formats", [("qcow2", "qcow2")], ids=["qcow2"])

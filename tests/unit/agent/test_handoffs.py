@@ -120,7 +120,9 @@ class Host:
             Ledger(self.state_dir),
             TermGuard(self.state_dir),
             HandoffChanges(),
-            DiskCompanions(StorageSettings(self.state_dir / "storage", self.storage_address, "root"), self.threads)
+            DiskCompanions(
+                StorageSettings(self.state_dir / "storage", self.storage_address, "root"), self.threads, (self.slot,)
+            )
             if self.has_disks
             else None,
         )

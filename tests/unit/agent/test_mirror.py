@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -194,6 +194,37 @@ async def test_a_destination_that_goes_away_is_told(tmp_path: Path, daemon: Stor
         with pytest.raises(PreconditionError, match="vda could not be copied"):
             await mirror.complete()
         assert await mirror.look() is None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DATA_MIB // 2}m", "none", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("to_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("write_blocking", [False, True], ids=["background", "write-blocking"])
+async def test_a_destination_that_gets_full_is_told_and_the_source_does_not_care(
+    tmp_path: Path, daemon: StorageDaemon, small_disk: Path, to_format: str, *, write_blocking: bool
+) -> None:
+    source, target = tmp_path / "source.raw", small_disk / "target"
+    make_image(source, "raw")
+    images.create(str(target), to_format, SIZE_MIB * MIB)
+    binary = EMULATORS["10.0"]
+    export = Export("m1-vda", str(target), to_format, writable=True)
+    uri = parse_uri((await daemon.start(find_binary(binary), [export], ADDRESS))["m1-vda"])
+    async with source_qemu(binary, source, "raw") as qemu:
+        mirror = Mirror(qemu, "vda")
+        await mirror.begin("disk", uri, speed_bytes_per_s=0, write_blocking=write_blocking)
+        assert (await until(mirror, concluded=True)).error == "No space left on device"
+        line = 'qemu-io disk "write -P 9 5M 1M"'
+        assert not await qemu.execute("human-monitor-command", {"command-line": line})
+        await mirror.cancel()
+        assert await mirror.look() is None
+    await daemon.stop()
 
 
 async def test_a_daemon_is_found_again_and_its_port_is_its_own(tmp_path: Path, daemon: StorageDaemon) -> None:

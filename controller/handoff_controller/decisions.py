@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from handoff.agent.v1.disk_pb2 import DiskStrategy
 from handoff.agent.v1.qemu_pb2 import Handoff
 from handoff.controller.v1.migrations_pb2 import Migration, Recovery, RecoveryTarget
 from handoff_common.errors import HandoffError, InvalidArgumentError, PreconditionError, UnavailableError
@@ -31,13 +32,20 @@ class Decision:
         return made
 
 
+def is_pulled(migration: Migration) -> bool:
+    """The destination may still need the source's disks, which are kept as they were at the switch. Pure."""
+    pulls = any(move.strategy == DiskStrategy.DISK_STRATEGY_PULL for move in migration.disks)
+    return pulls and not migration.disks_arrived
+
+
 def is_taken(migration: Migration, decision: Decision) -> bool:
     """Whether the record follows this decision already. Pure."""
     if migration.recovery.target != decision.target:
         return False
     state = state_of(migration)
     if decision.target == TO_DESTINATION:
-        return state in (State.FINISHING, State.DONE)
+        gives_up_disks = decision.fenced_host == migration.source.host and is_pulled(migration)
+        return state is State.DONE or (state is State.FINISHING and not gives_up_disks)
     # The second of two decisions: the source is given up as well.
     gives_up = decision.fenced_host == migration.source.host and not migration.HasField("loss")
     return state is State.ABORTED or (state is State.ABORTING and not gives_up)
@@ -53,7 +61,7 @@ def check_decidable(migration: Migration, decision: Decision) -> None:
             f"{name} is {state.name}: nothing is to be decided yet. It goes on, or is undone, by itself;"
             f" `handoff cancel {migration.id}` undoes it now"
         )
-    if state is State.FINISHING:
+    if state is State.FINISHING and not is_pulled(migration):
         raise PreconditionError(
             f"{name} is FINISHING: {migration.guest_name} has run on {migration.destination.host}, and the copy on"
             f" {migration.source.host} is of the past. To bring it back, migrate it"

@@ -71,7 +71,6 @@ class Driver:
         self._admitted = admitted
         self._peers = peers
         self._cancelled = asyncio.Event()
-        self._disks_are_there = asyncio.Event()
         if migration.cancel_requested:
             self._cancelled.set()
         self._lock = self._way.lock
@@ -210,7 +209,9 @@ class Driver:
         }
         try:
             if phase.concurrent:
-                await _together([actions[step] for step in phase.steps])
+                event = await _together([actions[step] for step in phase.steps])
+                if event is not None:
+                    return Work(event, self.migration.error)
             for step in (() if phase.concurrent else phase.steps) + phase.then:
                 event = await actions[step]()
                 if event is not None:
@@ -371,15 +372,21 @@ def _cancelled(state: State) -> Work:
     return Work(Event.FAILED, f"cancelled by the operator while {state.name}")
 
 
-async def _coroutine(action: Callable[[], Awaitable[Event | None]]) -> None:
-    await action()
+async def _coroutine(action: Callable[[], Awaitable[Event | None]]) -> Event | None:
+    return await action()
 
 
-async def _together(actions: Sequence[Callable[[], Awaitable[Event | None]]]) -> None:
-    """Runs all at once. Raises the first failure as it is, not a group of them, after the others were cancelled."""
+async def _together(actions: Sequence[Callable[[], Awaitable[Event | None]]]) -> Event | None:
+    """Runs all at once, until all have ended or one of them says what follows; the others are cancelled then.
+
+    Raises the first failure as it is, not a group of them, after the others were cancelled.
+    """
     tasks = [asyncio.create_task(_coroutine(action)) for action in actions]
     try:
-        await asyncio.gather(*tasks)
+        for ended in asyncio.as_completed(tasks):
+            if (event := await ended) is not None:
+                return event
+        return None
     finally:
         for task in tasks:
             task.cancel()

@@ -1,7 +1,7 @@
 """After the commit: the guest is run at its destination, however long it takes, and the source cleaned up.
 
 There is one way back: the destination's copy can't run any more. Either its agent says so (it never ran and is
-destroyed), or it is decided so: see standstill.py.
+destroyed), or it is decided so: see standstill.py, and disks.py for a guest whose disks are still pulled.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class Forward:
         self._way = way
         self._peers = peers
         self._peers_pointed = asyncio.Event()
-        self.disks = ArrivingDisks(way)
+        self.disks = ArrivingDisks(way, decisions, fencing, self._look)
         self._decisions = decisions
         self._standstill = Standstill(way, decisions, fencing, self._look)
 

@@ -1,9 +1,10 @@
 """The state machine of a migration. Pure: what each state does, and what it becomes.
 
     PLANNED -> PREPARING -> COPYING -> SWITCHING -> COMMITTED -> FINISHING -> DONE
-       |           |           |           |            |
-       |           +-----------+-----+-----+            | only when the destination's copy certainly can't run
-       v                             v                  |
+       |           |           |           |            |           |
+       |           +-----------+-----+-----+            |           | only while it pulls disks
+       |                             |                  +-----------+
+       v                             v                  | only when the destination's copy certainly can't run
     ABORTED <-------------------- ABORTING <------------+
 
 Every step is idempotent: a new leader begins its state's steps again. COMMITTED and ABORTING are both entered by
@@ -103,6 +104,7 @@ PHASES: Mapping[State, Phase] = {
         (Step.POINT_PEERS, Step.AWAIT_DISKS, Step.FINALIZE_DESTINATION, Step.RELEASE_SOURCE),
         completed=State.DONE,
         failed=None,
+        fenced=State.ABORTING,
         concurrent=True,
         then=(Step.REVOKE_VOLUMES,),
     ),

@@ -45,7 +45,8 @@ def command(common: Common, migration_id: str, target: str, fenced_host: str, ac
     --to source       runs the copy that the source holds. Only when the destination's can't run: its
                       agent says so, the controllers' fence command turns its host off, or you have
                       done so yourself (--i-have-fenced HOST).
-    --to destination  waits for the destination, however long that takes.
+    --to destination  waits for the destination, however long that takes. While it pulls disks from a
+                      source that is gone for good (--i-have-fenced SOURCE --accept-loss): does without.
 
     Refused (status 4), with the reason, where it would not be safe.
     """

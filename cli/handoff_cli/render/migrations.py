@@ -67,6 +67,8 @@ def recover_sentence(migration: Migration) -> Text:
     source, destination = migration.source.host, migration.destination.host
     if migration.loss.host == source:
         what = f"is given up; {migration.guest_name} is lost with {source}"
+    elif migration.recovery.fenced_host == source:
+        what = f"waits for {source} no more: {migration.guest_name} is not whole on {destination}"
     elif migration.loss.certain:
         what = f"leaves {migration.guest_name} to {destination}: start it there"
     elif migration.recovery.target == RecoveryTarget.RECOVERY_TARGET_SOURCE:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
+from handoff.agent.v1.disk_pb2 import DiskStrategy
 from handoff.agent.v1.host_pb2 import Host, Slot, WatchEventsResponse
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState, SourceGuest, TransferLimits, TransferMethod
 from handoff.agent.v1.types_pb2 import Domain, Fence
@@ -26,6 +27,8 @@ class InstantAgent:
         """The same, from the moment that it is told to run the guest."""
         self.ends_as_resumed = False
         """A guest that it is told to run ends, and may have run."""
+        self.pulls = False
+        """It still pulls a disk of each guest that came."""
         self.handoffs: list[Handoff] = []
         """What it lists; by default nothing is left."""
         self._domains = {domain.uuid: domain for domain in domains}
@@ -87,6 +90,8 @@ class InstantAgent:
         self._moving[migration_id] = guest.domain
         handoff = await self._do("prepare_destination", migration_id, DESTINATION, HandoffState.HANDOFF_STATE_PREPARED)
         handoff.listen_uri = f"tcp:{self.name}:49152"
+        if self.pulls:
+            handoff.disks.add(target="vda", strategy=DiskStrategy.DISK_STRATEGY_PULL, base_uri="nbd://h1:1/vda")
         return handoff
 
     async def start_transfer(
@@ -132,9 +137,9 @@ class InstantAgent:
         return await self._do("fence" if fenced else "abort", migration_id, role, HandoffState.HANDOFF_STATE_ABORTED)
 
     async def watch(self, migration_id: str, role: "HandoffRole.ValueType") -> AsyncGenerator[Handoff, None]:
-        self._must_be_there("watch")
         key = migration_id, role
         while True:
+            self._must_be_there("watch")
             if self._states[key] == HandoffState.HANDOFF_STATE_TRANSFERRING and self.may_copy.is_set():
                 self._states[key] = HandoffState.HANDOFF_STATE_READY
             yield self._handoff(migration_id, role)
@@ -143,6 +148,12 @@ class InstantAgent:
             else:
                 async with self._changed:
                     await self._changed.wait()
+
+    async def has_pulled(self) -> None:
+        """All of every disk is here."""
+        self.pulls = False
+        async with self._changed:
+            self._changed.notify_all()
 
     async def fail(self, migration_id: str, message: str) -> None:
         """Its side of a migration goes wrong by itself."""
@@ -168,6 +179,7 @@ class InstantAgent:
             state=self._states[migration_id, role],
             was_running=True,
             message=self._messages.get(migration_id, ""),
+            pulling=self.pulls,
         )
 
 

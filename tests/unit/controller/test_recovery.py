@@ -20,7 +20,7 @@ from handoff.controller.v1.migrations_pb2 import (
 )
 from handoff_common.errors import InvalidArgumentError, PreconditionError, UnavailableError
 from handoff_controller import conductor as conductor_module
-from handoff_controller import forward, standstill, undo
+from handoff_controller import disks, forward, standstill, undo
 from handoff_controller.agents import Agents
 from handoff_controller.conductor import Conductor
 from handoff_controller.etcd.client import EtcdClient
@@ -98,6 +98,8 @@ def fleet(client: EtcdClient, lead: Lead, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(standstill, "ORDER_LIFE_S", 0.5)
     monkeypatch.setattr(forward, "FINISHING_PATIENCE_S", 0.2)
     monkeypatch.setattr(undo, "DESTINATION_PATIENCE_S", 0.2)
+    monkeypatch.setattr(disks, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(disks, "LOOK_S", 0.1)
     return Fleet(client, lead, tmp_path)
 
 
@@ -264,6 +266,67 @@ async def test_a_source_that_is_gone_for_good_is_given_up(fleet: Fleet) -> None:
 
     assert state_of(waiting) is State.ABORTING
     assert (state_of(aborted), aborted.loss.host, aborted.loss.certain) == (State.ABORTED, "h1", True)
+
+
+async def pulls(fleet: Fleet, conductor: Conductor) -> None:
+    """The guest runs at the destination, which still needs the source's disks."""
+    fleet.h2.pulls = True
+    await conductor.create(CreateMigrationRequest(guest="web", destination_host="h2", request_id="m1"))
+    await fleet.comes_to(lambda one: state_of(one) is State.FINISHING)
+
+
+async def test_a_destination_that_is_silent_while_it_pulls_is_waited_for(fleet: Fleet) -> None:
+    async with fleet.led() as conductor:
+        await pulls(fleet, conductor)
+        fleet.h2.away = {"all"}
+        await fleet.h2.has_pulled()
+        waiting = await fleet.comes_to(lambda one: bool(one.needs_decision))
+        with pytest.raises(PreconditionError, match="Say --accept-loss"):
+            await conductor.recover(recover(fenced="h2"))
+        with pytest.raises(PreconditionError, match="by itself, however long"):
+            await conductor.recover(recover(DESTINATION))
+        with pytest.raises(PreconditionError, match="no fence command"):
+            await conductor.recover(recover(lossy=True))
+        fleet.h2.away = set()
+        done = await fleet.ends()
+
+    assert state_of(waiting) is State.FINISHING
+    assert "handoff recover m1 --to source --i-have-fenced h2 --accept-loss" in waiting.needs_decision
+    assert (state_of(done), done.needs_decision, done.disks_arrived) == (State.DONE, "", True)
+    assert list(done.warnings) == []
+    assert ("release_source", "m1") in fleet.h1.calls
+
+
+async def test_a_guest_whose_destination_dies_while_it_pulls_goes_on_from_the_switch(fleet: Fleet) -> None:
+    async with fleet.led() as conductor:
+        await pulls(fleet, conductor)
+        with pytest.raises(PreconditionError, match="h2 is not off: its agent answers"):
+            await conductor.recover(recover(fenced="h2", lossy=True))
+        fleet.h2.away = {"all"}
+        await conductor.recover(recover(fenced="h2", lossy=True))
+        aborted = await fleet.ends()
+        guest = await fleet.reader.guest("web")
+
+    assert (state_of(aborted), aborted.recovery.fenced_host) == (State.ABORTED, "h2")
+    assert "h2 did not answer while it pulled the disks of web; h2 is fenced" in aborted.error
+    assert guest.owner == place("h1")
+    assert ("abort", "m1") in fleet.h1.calls
+    assert ("release_source", "m1") not in fleet.h1.calls
+
+
+async def test_a_source_that_dies_while_its_disks_are_pulled_keeps_them(fleet: Fleet) -> None:
+    async with fleet.led() as conductor:
+        await pulls(fleet, conductor)
+        with pytest.raises(PreconditionError, match="h1 answers"):
+            await conductor.recover(recover(DESTINATION, fenced="h1", lossy=True))
+        fleet.h1.away = {"all"}
+        await conductor.recover(recover(DESTINATION, fenced="h1", lossy=True))
+        done = await fleet.ends()
+
+    assert state_of(done) is State.DONE
+    assert done.options.keep_source_disks
+    assert any("still pulled vda from it: web is not whole" in warning for warning in done.warnings)
+    assert ("finalize_destination", "m1") in fleet.h2.calls
 
 
 async def test_there_is_nothing_to_decide_before_the_commit_nor_after_the_end(fleet: Fleet) -> None:

@@ -93,7 +93,13 @@ async def serve(settings: AgentSettings) -> None:
                 survey,
                 emulators,
                 settings.graphics_address or settings.migration_address,
-                DiskPlans(settings.name, settings.host_type, settings.place_of_disks(), storage),
+                DiskPlans(
+                    settings.name,
+                    settings.host_type,
+                    settings.place_of_disks(),
+                    storage,
+                    tls=settings.disk_tls is not None,
+                ),
             ),
             Listener(settings.migration_address, *settings.migration_ports),
             LocalSockets(settings.runtime_dir, settings.qemu_user),
@@ -132,6 +138,7 @@ def _storage_settings(settings: AgentSettings) -> StorageSettings:
         folder=settings.runtime_dir / "storage",
         address=Address(settings.migration_address, *settings.migration_ports),
         owner=settings.qemu_user,
+        tls_credentials=str(settings.disk_tls or ""),
     )
 
 

@@ -67,6 +67,11 @@ class AgentSettings(Settings):
     host_types: dict[str, HostTypeSettings] = Field(
         default={}, description="where local disks of guests that come here are kept, by type of host"
     )
+    disk_tls: Path | None = Field(
+        default=None,
+        description="folder with this host's x509 credentials for disks that are copied, by QEMU's names (ca-cert.pem,"
+        " server-cert.pem, server-key.pem, client-cert.pem, client-key.pem); default: no TLS",
+    )
     memory_mib: int | None = Field(
         default=None, gt=0, description="memory that guests may use; default: all but 1 GiB of the machine's"
     )

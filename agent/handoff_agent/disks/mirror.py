@@ -1,6 +1,7 @@
 """The mirror of one disk into an export of another host, over QMP; mechanism only.
 
     begin      blockdev-add (nbd), blockdev-mirror           [running]
+               (with TLS, object-add before)
                                                              [ready]: each write goes to both
     complete   block-job-cancel, without force               [concluded]
     cancel     block-job-cancel, with force; yank where the link is dead
@@ -58,9 +59,14 @@ def parse_job(job: Mapping[str, Json]) -> JobInfo:
 class Mirror:
     """One disk's mirror in one QEMU, whether or not it has begun. All methods raise as `execute` does."""
 
-    def __init__(self, monitor: Executes, target: str) -> None:
-        """`target`: the disk's device in the guest."""
+    def __init__(self, monitor: Executes, target: str, *, tls_credentials: str = "") -> None:
+        """`target`: the disk's device in the guest.
+
+        `tls_credentials`: folder with x509 credentials for its export, which QEMU can read; empty: no TLS.
+        """
         self.target = target
+        self._tls_credentials = tls_credentials
+        self._tls_object = f"handoff-tls-{target}"
         self._monitor = monitor
         self._job = f"handoff-{target}"
         self._node = f"handoff-to-{target}"
@@ -72,6 +78,34 @@ class Mirror:
         if await self.look() is not None:
             return
         await self._remove_node()
+        tls: dict[str, Json] = {"tls-creds": self._tls_object} if self._tls_credentials else {}
+        if tls:
+            await self._monitor.execute(
+                "object-add",
+                {
+                    "qom-type": "tls-creds-x509",
+                    "id": self._tls_object,
+                    "endpoint": "client",
+                    "dir": self._tls_credentials,
+                },
+            )
+        try:
+            await self._begin(node, export, tls, speed_bytes_per_s, write_blocking=write_blocking, top_only=top_only)
+        except HandoffError:
+            with contextlib.suppress(HandoffError):
+                await self._remove_node()
+            raise
+
+    async def _begin(
+        self,
+        node: str,
+        export: ExportUri,
+        tls: Mapping[str, Json],
+        speed_bytes_per_s: int,
+        *,
+        write_blocking: bool,
+        top_only: bool,
+    ) -> None:
         await self._monitor.execute(
             "blockdev-add",
             {
@@ -81,27 +115,23 @@ class Mirror:
                 "export": export.name,
                 "discard": "unmap",
                 "detect-zeroes": "unmap",
+                **tls,
             },
         )
-        try:
-            await self._monitor.execute(
-                "blockdev-mirror",
-                {
-                    "job-id": self._job,
-                    "device": node,
-                    "target": self._node,
-                    "sync": "top" if top_only else "full",
-                    "speed": speed_bytes_per_s,
-                    "on-source-error": "report",
-                    "on-target-error": "report",
-                    "copy-mode": "write-blocking" if write_blocking else "background",
-                    "auto-dismiss": False,
-                },
-            )
-        except HandoffError:
-            with contextlib.suppress(HandoffError):
-                await self._remove_node()
-            raise
+        await self._monitor.execute(
+            "blockdev-mirror",
+            {
+                "job-id": self._job,
+                "device": node,
+                "target": self._node,
+                "sync": "top" if top_only else "full",
+                "speed": speed_bytes_per_s,
+                "on-source-error": "report",
+                "on-target-error": "report",
+                "copy-mode": "write-blocking" if write_blocking else "background",
+                "auto-dismiss": False,
+            },
+        )
 
     async def look(self) -> JobInfo | None:
         """How far it is; None when there is no job."""
@@ -180,3 +210,6 @@ class Mirror:
         nodes = cast(Sequence[Mapping[str, Json]], reply)
         if any(node.get("node-name") == self._node for node in nodes):
             await self._monitor.execute("blockdev-del", {"node-name": self._node})
+        if self._tls_credentials:
+            with contextlib.suppress(QmpError):  # there is none
+                await self._monitor.execute("object-del", {"id": self._tls_object})

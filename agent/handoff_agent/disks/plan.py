@@ -69,6 +69,8 @@ class Site:
     place: Place
     paths: Mapping[str, PathFacts]
     """By path; for all that `paths_here` names."""
+    tls: bool = False
+    """Disks come by TLS only."""
 
 
 def paths_here(disks: Sequence[pb.DiskFacts], place: Place, *, fast: bool) -> tuple[str, ...]:
@@ -118,7 +120,9 @@ def _plan_one(disk: pb.DiskFacts, site: Site, *, fast: bool) -> pb.DiskMove:
     move.path, move.format = _here(disk, site.place, fast=fast)
     move.cluster_bytes = disk.cluster_bytes if move.format == disk.format else 0
     move.bytes_to_send = min(disk.allocated_bytes, disk.virtual_size_bytes)
-    if reason := next(_obstacles(disk, site, move), ""):
+    if site.tls and _is_pulled(disk, fast=fast):
+        move.strategy, move.reason = REFUSE, f"can't be pulled by TLS, which host {site.host} asks for; go without fast"
+    elif reason := next(_obstacles(disk, site, move), ""):
         move.strategy, move.reason = REFUSE, reason
     else:
         move.strategy, move.reason = _moved(disk, site, move, fast=fast)

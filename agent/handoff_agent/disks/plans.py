@@ -17,11 +17,15 @@ LOOK_TIMEOUT_S: Final = 5.0
 class DiskPlans:
     """The planner with what it needs to know of this host."""
 
-    def __init__(self, host: str, host_type: str, place: Place, threads: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, host: str, host_type: str, place: Place, threads: ThreadPoolExecutor, *, tls: bool = False
+    ) -> None:
+        """`tls`: disks come by TLS only."""
         self._host = host
         self._host_type = host_type
         self._place = place
         self._threads = threads
+        self._tls = tls
 
     async def plan(self, guest: str, disks: Sequence[pb.DiskFacts], *, fast: bool) -> tuple[pb.DiskMove, ...]:
         """The plan for all disks of a guest.
@@ -38,7 +42,7 @@ class DiskPlans:
             raise DeadlineError(
                 f"host {self._host}: the storage of {', '.join(paths)} did not answer within {LOOK_TIMEOUT_S:g} s"
             ) from None
-        site = Site(self._host, self._host_type, self._place, found)
+        site = Site(self._host, self._host_type, self._place, found, tls=self._tls)
         moves = plan(disks, site, fast=fast)
         refused = refusal(guest, moves, only_space=lacks_only_space(disks, site, fast=fast))
         if refused is not None:

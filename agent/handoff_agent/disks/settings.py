@@ -16,4 +16,4 @@ class StorageSettings:
     owner: str
     """User that images belong to."""
     tls_credentials: str = ""
-    """Folder with x509 credentials for exports; empty: no TLS."""
+    """Folder with x509 credentials of this host, as server and as client; empty: no TLS."""

@@ -92,7 +92,10 @@ class DepartingDisks(SourceCompanion):
         return [move for move in moves_of(self._handoff.record) if move.strategy in MOVED]
 
     def _mirrors(self) -> Sequence[Mirror]:
-        return [Mirror(self._monitor, move.target) for move in self._moved()]
+        return [self._mirror(move) for move in self._moved()]
+
+    def _mirror(self, move: pb.DiskMove) -> Mirror:
+        return Mirror(self._monitor, move.target, tls_credentials=self._settings.tls_credentials)
 
     def _pulled(self) -> Sequence[pb.DiskMove]:
         return [move for move in moves_of(self._handoff.record) if move.strategy == PULL]
@@ -186,9 +189,16 @@ class DepartingDisks(SourceCompanion):
             if not can_change:
                 self._blocking.add(move.target)
                 self._why_blocking[move.target] = "this QEMU can't change it later: writes wait for the destination"
-            await Mirror(self._monitor, move.target).begin(
+            export = parse_uri(move.uri)
+            if export.tls is not bool(self._settings.tls_credentials):
+                here, there = ("disk_tls", "has not") if self._settings.tls_credentials else ("no disk_tls", "has it")
+                raise PreconditionError(
+                    f"disk {move.target}: this host is configured with {here}, and its destination {there}; give both"
+                    " hosts their credentials"
+                )
+            await self._mirror(move).begin(
                 nodes[move.target].name,
-                parse_uri(move.uri),
+                export,
                 speed_bytes_per_s=self._handoff.record.bandwidth_bytes_per_s // len(moved),
                 write_blocking=not can_change,
                 top_only=move.strategy == PULL,
@@ -238,7 +248,7 @@ class DepartingDisks(SourceCompanion):
     async def _turn_back(self) -> None:
         uuid = self._handoff.record.domain_uuid
         if await is_active(self._slot, uuid):
-            await asyncio.gather(*(Mirror(self._monitor, move.target).cancel() for move in self._moved() if move.uri))
+            await asyncio.gather(*(self._mirror(move).cancel() for move in self._moved() if move.uri))
         for move in self._pulled():
             if move.overlay:
                 await overlay.fold_back(self._slot, uuid, move)
@@ -321,8 +331,9 @@ class DepartingDisks(SourceCompanion):
         if not limit or len(behind) == self._sharing:
             return
         self._sharing = len(behind)
-        for target in behind:
-            await Mirror(self._monitor, target).set_speed(limit // len(behind))
+        for mirror in self._mirrors():
+            if mirror.target in behind:
+                await mirror.set_speed(limit // len(behind))
 
 
 def _xml_of(domain: libvirt.virDomain, flags: int) -> str:

@@ -107,7 +107,8 @@ class StorageDaemon:
                 command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False
             )
             if done.returncode == 0:
-                return {each.name: str(ExportUri(address.host, port, each.name)) for each in exports}
+                tls = bool(tls_credentials)
+                return {each.name: str(ExportUri(address.host, port, each.name, tls=tls)) for each in exports}
             if _IN_USE not in done.stderr:
                 self._forget()
                 raise PreconditionError(f"{_BINARY}: {done.stderr.strip()[-300:]}")

@@ -1,4 +1,4 @@
-"""Where an export is: "nbd://10.20.0.2:49153/NAME"."""
+"""Where an export is: "nbd://10.20.0.2:49153/NAME", or "nbds://…" where it is given by TLS only."""
 
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -13,10 +13,11 @@ class ExportUri:
     host: str
     port: int
     name: str
+    tls: bool = False
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"nbd://{host}:{self.port}/{self.name}"
+        return f"{'nbds' if self.tls else 'nbd'}://{host}:{self.port}/{self.name}"
 
 
 def parse_uri(uri: str) -> ExportUri:
@@ -26,6 +27,6 @@ def parse_uri(uri: str) -> ExportUri:
         host, port, name = parts.hostname, parts.port, parts.path.removeprefix("/")
     except ValueError:
         host, port, name = None, None, ""
-    if host is None or port is None or not name or parts.scheme != "nbd":
+    if host is None or port is None or not name or parts.scheme not in ("nbd", "nbds"):
         raise InvalidArgumentError(f"{uri!r} is no export of a disk, such as nbd://10.20.0.2:49153/NAME")
-    return ExportUri(host, port, name)
+    return ExportUri(host, port, name, tls=parts.scheme == "nbds")

@@ -121,6 +121,10 @@ def make_image(path: Path, image_format: str) -> None:
     subprocess.run(["qemu-io", "-f", image_format, *writes, str(path)], check=True, stdout=subprocess.DEVNULL)
 
 
+def same(one: Path, two: Path) -> bool:
+    return subprocess.run(["qemu-img", "compare", "-q", str(one), str(two)], check=False).returncode == 0
+
+
 @pytest.fixture
 def daemon(tmp_path: Path) -> StorageDaemon:
     return StorageDaemon(tmp_path / "run" / "m1" / "images", ThreadPoolExecutor(1))
@@ -292,3 +296,46 @@ def test_nodes_and_uris_are_read() -> None:
     for wrong in ("", "nbd://h/x", "http://h:1/x", "nbd://h:1/", "nbd://h:x/y"):
         with pytest.raises(InvalidArgumentError):
             parse_uri(wrong)
+
+
+def certify(folder: Path, address: str) -> Path:
+    """Credentials of one host by a CA of their own, in QEMU's names."""
+    folder.mkdir()
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2")
+    openssl("req", "-x509", *new, "-subj", "/CN=fleet", "-keyout", "ca-key.pem", "-out", "ca-cert.pem")
+    for role in ("server", "client"):
+        extensions = ("-addext", f"subjectAltName=IP:{address}", "-addext", "basicConstraints=critical,CA:FALSE")
+        signed = ("-x509", "-CA", "ca-cert.pem", "-CAkey", "ca-key.pem")
+        files = ("-keyout", f"{role}-key.pem", "-out", f"{role}-cert.pem")
+        openssl("req", *signed, *new, *extensions, "-subj", "/CN=h1", *files)
+    return folder
+
+
+async def test_a_mirror_by_tls_is_for_those_with_a_certificate(tmp_path: Path, daemon: StorageDaemon) -> None:
+    ours, others = certify(tmp_path / "tls", ADDRESS.host), certify(tmp_path / "others", ADDRESS.host)
+    source, target = tmp_path / "source.raw", tmp_path / "target.raw"
+    make_image(source, "raw")
+    images.create(str(target), "raw", SIZE_MIB * MIB)
+    binary = EMULATORS["10.0"]
+    export = Export("m1-vda", str(target), "raw", writable=True)
+    uris = await daemon.start(find_binary(binary), [export], ADDRESS, tls_credentials=str(ours))
+    assert uris["m1-vda"].startswith("nbds://")
+    uri = parse_uri(uris["m1-vda"])
+    async with source_qemu(binary, source, "raw") as qemu:
+        for credentials in ("", str(others)):
+            stranger = Mirror(qemu, "vda", tls_credentials=credentials)
+            with pytest.raises(QmpError):
+                await stranger.begin("disk", uri, speed_bytes_per_s=0, write_blocking=False)
+            assert await stranger.look() is None
+        mirror = Mirror(qemu, "vda", tls_credentials=str(ours))
+        await mirror.begin("disk", uri, speed_bytes_per_s=0, write_blocking=False)
+        await until(mirror)
+        await mirror.complete()
+        left = await qemu.execute("qom-list", {"path": "/objects"})
+        assert "tls" not in json.dumps(left)
+    await daemon.stop()
+    assert same(source, target)

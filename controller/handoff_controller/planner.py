@@ -3,8 +3,10 @@
 import asyncio
 import re
 import secrets
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
+from handoff.agent.v1.disk_pb2 import DiskMove, DiskStrategy
 from handoff.agent.v1.qemu_pb2 import TransferMethod
 from handoff.agent.v1.types_pb2 import Fence
 from handoff.controller.v1.guests_pb2 import Guest
@@ -32,9 +34,12 @@ from handoff_controller.volumes import network_volumes
 DEFAULT_DOWNTIME_LIMIT_MS = 300
 DEFAULT_SWITCH_DEADLINE = timedelta(seconds=2)
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+# What is sent of disks before the switch gets its time beside that, at this rate or the one that was asked for.
+LEAST_USUAL_BYTES_PER_S = 32 << 20
 # QEMU's own bounds: below a page or two a second nothing converges; it refuses a downtime above 2000 s.
 LEAST_BANDWIDTH_BYTES_PER_S = 1 << 20
 LONGEST_DOWNTIME_MS = 2_000_000
+_COPIED = (DiskStrategy.DISK_STRATEGY_COPY, DiskStrategy.DISK_STRATEGY_CONVERT)
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 
 
@@ -65,6 +70,13 @@ def with_defaults(options: MigrationOptions) -> MigrationOptions:
             f"bandwidth {full.bandwidth_bytes_per_s} bytes/s is less than 1 MiB/s: no guest would ever arrive"
         )
     return full
+
+
+def time_for_disks(disks: Iterable[DiskMove], bandwidth_bytes_per_s: int) -> timedelta:
+    """How long it may take to send what is sent before the switch. Pure."""
+    copied = sum(move.bytes_to_send for move in disks if move.strategy in _COPIED)
+    rate = min(bandwidth_bytes_per_s or LEAST_USUAL_BYTES_PER_S, LEAST_USUAL_BYTES_PER_S)
+    return timedelta(seconds=copied // rate)
 
 
 def new_migration_id(now: datetime) -> str:
@@ -145,6 +157,9 @@ class Planner:
             await self._check_hosts(migration, source, destination)
         except HandoffError as error:
             raise explained(error, f"move {guest.name} to {migration.destination.host}") from error
+        if not request.options.HasField("timeout"):
+            longer = time_for_disks(migration.disks, options.bandwidth_bytes_per_s)
+            migration.options.timeout.FromTimedelta(DEFAULT_TIMEOUT + longer)
         return enter(migration, State.PLANNED, at=now, term=self._fence.term)
 
     async def _check_hosts(self, migration: Migration, source: GrpcAgent, destination: GrpcAgent) -> None:

@@ -48,7 +48,10 @@ def checked_id(ctx: click.Context, param: click.Parameter, value: str | None) ->
     help="Longest pause before the switch is given up and the guest runs on where it was. Default: 2s.",
 )
 @click.option(
-    "--timeout", type=duration, metavar="TIME", help="Longest time until the switch, then it is undone. Default: 30m."
+    "--timeout",
+    type=duration,
+    metavar="TIME",
+    help="Longest time until the switch, then it is undone. Default: 30m, and more for big disks.",
 )
 @click.option(
     "--fast", is_flag=True, help="Local disks: the guest moves at once and the rest is pulled after it, while it runs."

@@ -3,9 +3,10 @@ from datetime import timedelta
 import pytest
 from records import EPOCH
 
+from handoff.agent.v1.disk_pb2 import DiskMove, DiskStrategy
 from handoff.controller.v1.migrations_pb2 import MigrationOptions
 from handoff_common.errors import InvalidArgumentError
-from handoff_controller.planner import new_migration_id, with_defaults
+from handoff_controller.planner import new_migration_id, time_for_disks, with_defaults
 
 
 def options(
@@ -53,6 +54,13 @@ def test_what_is_given_stays_and_the_request_is_not_changed() -> None:
 def test_what_can_not_be_meant_is_refused(wrong: MigrationOptions, told: str) -> None:
     with pytest.raises(InvalidArgumentError, match=told):
         with_defaults(wrong)
+
+
+@pytest.mark.parametrize(("mib_per_s", "expected_s"), [(0, 3200), (8, 12800), (1000, 3200)])
+def test_disks_that_are_copied_first_get_their_time(mib_per_s: int, expected_s: int) -> None:
+    copied = DiskMove(strategy=DiskStrategy.DISK_STRATEGY_COPY, bytes_to_send=100 << 30)
+    pulled = DiskMove(strategy=DiskStrategy.DISK_STRATEGY_PULL, bytes_to_send=9 << 40)
+    assert time_for_disks([copied, pulled], mib_per_s << 20).total_seconds() == expected_s
 
 
 def test_ids_sort_by_creation() -> None:

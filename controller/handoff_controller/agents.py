@@ -110,6 +110,9 @@ class Agent(Protocol):
     def watch(self, migration_id: str, role: "HandoffRole.ValueType") -> AsyncGenerator[Handoff, None]:
         """WatchHandoff; raises UnavailableError when the agent falls silent."""
 
+    async def list_domains(self) -> tuple[Domain, ...]:
+        """ListDomains."""
+
 
 class GrpcAgent:
     """The agent at one address. Raises UnavailableError or DeadlineError when it does not answer."""

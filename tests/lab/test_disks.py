@@ -168,6 +168,29 @@ async def test_a_pull_outlives_its_link_its_leader_and_its_agent(moves: Moves, g
     assert verdict.disk("vda").layers == 1
 
 
+async def test_a_guest_goes_on_from_the_switch_when_its_destination_dies_in_the_pull(
+    moves: Moves, guests: Guests, fleet: Fleet
+) -> None:
+    disks = await Disks.create(moves, guests, ("size=1G,format=qcow2,place=local,data=300M",))
+    options = MigrationOptions(bandwidth_bytes_per_s=24 << 20, fast=True)
+    migration = await moves.create(disks.subject.name, "h2", options)
+    await moves.reaches(migration.id, State.FINISHING)
+    await asyncio.sleep(1)  # it writes there
+    fleet.power_off("h2")
+    try:
+        waiting = await moves.asks(migration.id)
+        assert state_of(waiting) is State.FINISHING
+        command = f"recover {migration.id} --to source --i-have-fenced h2 --accept-loss"
+        assert f"handoff {command}" in waiting.needs_decision
+        await asyncio.to_thread(_handoff, fleet, *command.split())
+        migration = await moves.ends(migration.id)
+        assert state_of(migration) is State.ABORTED, story(migration)
+    finally:
+        await asyncio.to_thread(fleet.up)
+    verdict = await disks.must_be_whole_at("h1", "h2")
+    assert verdict.disk("vda").layers == 1
+
+
 def _handoff(fleet: Fleet, *arguments: str) -> str:
     command = [str(program("handoff")), *arguments]
     done = subprocess.run(command, env=fleet.environment(), text=True, capture_output=True, check=False, timeout=120)

@@ -141,7 +141,8 @@ def _here(disk: pb.DiskFacts, place: Place, *, fast: bool) -> tuple[str, str]:
 
 
 def _is_pulled(disk: pb.DiskFacts, *, fast: bool) -> bool:
-    return fast and not disk.read_only and disk.device == "disk"
+    # An overlay beside a block device would be a file in /dev.
+    return fast and not disk.read_only and disk.device == "disk" and disk.kind == "file"
 
 
 def _why_skipped(disk: pb.DiskFacts, site: Site) -> str:
@@ -178,7 +179,9 @@ def _obstacles(disk: pb.DiskFacts, site: Site, move: pb.DiskMove) -> Iterator[st
             f"is a {disk.device} with a local medium ({disk.source}); eject it (virsh change-media {disk.target} "
             "--eject)"
         )
-    if disk.device == "lun" or disk.kind not in ("file", "block"):
+    if disk.kind == "volume":
+        yield f"is named by its storage pool ({disk.source}); name its file or device (type='file', type='block')"
+    elif disk.device == "lun" or disk.kind not in ("file", "block"):
         yield f"is a device of its host that is passed through ({disk.source}); detach it, or use a network volume"
     if disk.format not in FORMATS:
         yield f"has the format {disk.format or '?'}, which is not handled (raw and qcow2 are); convert it first"

@@ -40,6 +40,8 @@ def _rewrite(disk: etree._Element, move: pb.DiskMove) -> None:
     assert source is not None
     if "dev" in source.attrib:
         del source.attrib["dev"]
+    for slices in source.findall("slices"):  # the mirror has sent what was in them, and is all of that
+        source.remove(slices)
     source.set("file", move.path)
     if driver is None:
         driver = etree.Element("driver", {"name": "qemu"})

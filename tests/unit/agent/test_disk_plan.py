@@ -1,5 +1,7 @@
 """The plan for a guest's disks, as a function of facts alone."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,11 +131,19 @@ def test_a_network_volume_is_told_by_its_kind(source: str, words: str) -> None:
     assert words in move.reason
 
 
+def the_plan_of_tls(*, fast: bool) -> pb.DiskMove:
+    (move,) = plan([disk()], replace(site(disk(), fast=fast), tls=True), fast=fast)
+    return move
+
+
 def test_fast_pulls_and_stays_qcow2() -> None:
     move = the_plan(disk(), fast=True, place=SSD)
     assert (move.strategy, move.path, move.format) == (PULL, "/srv/ssd/vda.qcow2", "qcow2")
     assert "though ssd hosts have raw" in move.reason
     assert the_plan(disk(read_only=True), fast=True).strategy == COPY
+    assert the_plan(disk(kind="block", source="/dev/vg/a"), fast=True, place=SSD).strategy == CONVERT
+    assert "can't be pulled by TLS" in the_plan_of_tls(fast=True).reason
+    assert the_plan_of_tls(fast=False).strategy == COPY
 
 
 def test_a_backing_file_is_taken_in() -> None:

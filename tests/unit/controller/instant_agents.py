@@ -149,6 +149,10 @@ class InstantAgent:
                 async with self._changed:
                     await self._changed.wait()
 
+    def start(self, domain: Domain) -> None:
+        """Another guest runs here."""
+        self._domains[domain.uuid] = domain
+
     async def has_pulled(self) -> None:
         """All of every disk is here."""
         self.pulls = False

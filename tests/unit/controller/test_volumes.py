@@ -201,6 +201,19 @@ async def test_a_move_takes_the_volume_along(site: Site, lead: Lead) -> None:
     assert site.changes == ["grant nbd:web h2", "revoke nbd:web h1"]
 
 
+async def test_a_volume_that_another_guest_runs_on_stays_open_to_its_host(site: Site, lead: Lead) -> None:
+    other = domain("uuid-other", "other")
+    other.disks.add(target="vdb", source="nbd:web", placement=NETWORK, read_only=True)
+    site.h1.start(other)
+    site.h1.may_copy.set()
+    async with site.led(lead) as conductor:
+        await conductor.create(MOVE)
+        ended = await site.ends("m1")
+
+    assert state_of(ended) is State.DONE
+    assert site.changes == ["grant nbd:web h2"]
+
+
 async def test_an_abort_takes_it_back(site: Site, lead: Lead) -> None:
     async with site.led(lead) as conductor:
         await conductor.create(MOVE)

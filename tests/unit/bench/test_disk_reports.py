@@ -1,0 +1,28 @@
+"""What `make bench-disks` and `make bench-fast` make of their readings."""
+
+from dataclasses import asdict
+
+from bench import disks, fast
+
+
+def moved(total_ms: float, wire: float, *, link_use: float = 0.97) -> dict[str, float]:
+    return asdict(disks.Reading(total_ms, 220 << 20, 20 << 20, 200 << 20, wire, 1.004, link_use))
+
+
+def test_targets_are_missed_by_the_worst_of_ours() -> None:
+    cells = {
+        "raw-raw-half": {"ours": moved(5000, 1.01), "virsh": moved(10000, 1.4)},
+        "raw-qcow2-zeros": {"ours": moved(5000, 1.03, link_use=0.2), "virsh": moved(4000, 2.4)},
+    }
+    found = disks.targets(cells)
+    assert (found["wire"].worst, found["wire"].met) == (1.03, False)
+    assert found["allocated"].met
+    assert (found["link_use"].worst, found["link_use"].met) == (0.97, True)
+    assert disks.against_virsh(cells["raw-raw-half"])["total_ms"] == 0.5
+    assert "link_use" not in disks.targets({"raw-qcow2-zeros": cells["raw-qcow2-zeros"]})
+
+
+def test_growth_is_of_the_time_until_the_guest_runs() -> None:
+    cells = {f"{gib}": {"fast": asdict(fast.Reading(1000 + gib, 9000.0 * gib, 50))} for gib in (1, 8)}
+    assert fast.growth(cells, "fast") == 1.007
+    assert fast.growth(cells, "copy") is None

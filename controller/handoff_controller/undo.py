@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from handoff.agent.v1.qemu_pb2 import Handoff
+from handoff.agent.v1.qemu_pb2 import Handoff, HandoffState
 from handoff_common.errors import PreconditionError
 from handoff_controller.decisions import TO_SOURCE, Asked, Decision, Decisions
 from handoff_controller.fencing import Fencing
@@ -29,7 +29,11 @@ class Undo:
                 case Handoff() as handoff:
                     outcome = self._way.migration.outcome
                     outcome.downtime_ms = handoff.switch_timings.paused_to_resumed_ms
-                    if handoff.message and handoff.message not in self._way.migration.error:
+                    if handoff.state == HandoffState.HANDOFF_STATE_FAILED:
+                        name, here = self._way.migration.guest_name, self._way.at_source
+                        reason = f"{name} was to run on at {here}, but {handoff.message}. Start it from its disks"
+                        self._way.lose(here, reason, certain=True, since=datetime.now(UTC))
+                    elif handoff.message and handoff.message not in self._way.migration.error:
                         self._way.warn(f"{self._way.at_source}: {handoff.message}")
                     return
                 case Asked() as asked:

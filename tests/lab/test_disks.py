@@ -24,7 +24,9 @@ DISKS = (
     "size=512M,format=raw,place=local,data=16M,zeros=16M",
 )
 BACKED = "size=256M,format=qcow2,place=local,data=64M,backing=raw"
-COPY, CONVERT, PULL = (
+VOLUME = "size=256M,volume=web,data=16M,zeros=4M"
+SKIP, COPY, CONVERT, PULL = (
+    DiskStrategy.DISK_STRATEGY_SKIP,
     DiskStrategy.DISK_STRATEGY_COPY,
     DiskStrategy.DISK_STRATEGY_CONVERT,
     DiskStrategy.DISK_STRATEGY_PULL,
@@ -142,10 +144,10 @@ async def test_a_guest_that_writes_faster_than_is_sent_is_slowed(moves: Moves, g
 
 async def test_a_pull_outlives_its_link_its_leader_and_its_agent(moves: Moves, guests: Guests, fleet: Fleet) -> None:
     """The guest is there long before its disk; while the source is away its reads wait, and none fails."""
-    disks = await Disks.create(moves, guests, ("size=1G,format=qcow2,place=local,data=200M",))
+    disks = await Disks.create(moves, guests, ("size=1G,format=qcow2,place=local,data=200M", VOLUME))
     options = MigrationOptions(bandwidth_bytes_per_s=24 << 20, fast=True)
     migration = await moves.create(disks.subject.name, "h2", options)
-    assert [move.strategy for move in migration.disks] == [PULL]
+    assert [move.strategy for move in migration.disks] == [PULL, SKIP]
     await moves.reaches(migration.id, State.FINISHING)
     async with aclosing(moves.watch(migration.id)) as updates:
         async for update in updates:
@@ -166,6 +168,7 @@ async def test_a_pull_outlives_its_link_its_leader_and_its_agent(moves: Moves, g
     assert state_of(migration) is State.DONE, story(migration)
     verdict = await disks.must_be_whole_at("h2", "h1")
     assert verdict.disk("vda").layers == 1
+    assert await asyncio.to_thread(fleet.storage.access) == {"web": ("h2",)}
 
 
 async def test_a_guest_goes_on_from_the_switch_when_its_destination_dies_in_the_pull(

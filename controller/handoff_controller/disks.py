@@ -39,11 +39,16 @@ class ArrivingDisks:
         self._fencing = fencing
         self._look = look
         self._all_there = asyncio.Event()
+        self._well_at = asyncio.get_running_loop().time()
+        """When the destination last got something, or was not heard to get nothing."""
+        self._sentence = ""
 
     async def arrive(self) -> Event | None:
         """Waits for as long as it takes. FENCED when it is decided that the guest goes on at the source."""
         while is_pulled(self._way.migration):
             match await self._decisions.answer_or_decision(self._way, self._pulled, 0.0):
+                case Handoff(pulling=True):
+                    await self._way.note(partial(_need, sentence=self._sentence))
                 case Handoff():
                     # In the record before anything follows from it: from here on nothing can be taken back.
                     await self._way.note(_arrived)
@@ -60,10 +65,13 @@ class ArrivingDisks:
         await self._all_there.wait()
 
     async def _pulled(self) -> Handoff:
-        """Follows the destination until it needs nothing of the source. Raises once it is silent for PATIENCE_S."""
+        """Follows the destination until it needs nothing of the source, or there is something else to tell.
+
+        Raises once it is silent for PATIENCE_S.
+        """
         loop = asyncio.get_running_loop()
         published_at = 0.0
-        heard_at = well_at = loop.time()
+        heard_at = loop.time()
         while True:
             silence = UnavailableError("its agent ended the watch")
             try:
@@ -74,10 +82,8 @@ class ArrivingDisks:
                         if handoff.state == HandoffState.HANDOFF_STATE_ABORTED:
                             continue
                         heard_at = loop.time()
-                        trouble = _trouble(handoff)
-                        well_at = well_at if trouble else heard_at
-                        told = self._about_source(trouble) if heard_at - well_at > PATIENCE_S else ""
-                        await self._way.note(partial(_need, sentence=told))
+                        if self._judge(handoff, heard_at) != self._way.migration.needs_decision:
+                            return handoff
                         if heard_at - published_at > PROGRESS_INTERVAL_S:
                             published_at = heard_at
                             await self._way.records.put_progress(self._way.migration.id, handoff.progress)
@@ -86,6 +92,14 @@ class ArrivingDisks:
             if loop.time() - heard_at > PATIENCE_S:
                 raise silence
             await asyncio.sleep(min(RETRY_S, PATIENCE_S))
+
+    def _judge(self, handoff: Handoff, now_s: float) -> str:
+        """What is to be told of a destination that answers."""
+        trouble = _trouble(handoff)
+        if not trouble:
+            self._well_at = now_s
+        self._sentence = self._about_source(trouble) if now_s - self._well_at > PATIENCE_S else ""
+        return self._sentence
 
     # What an operator may decide.
 

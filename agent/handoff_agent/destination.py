@@ -20,7 +20,7 @@ from typing import Final
 import libvirt
 
 from handoff_agent.companions import DestinationCompanion, each, together
-from handoff_agent.domains import end_domain, is_active
+from handoff_agent.domains import end_domain, is_active, was_shut_down
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Handoff, Notify, Save
 from handoff_agent.ledger import Record
@@ -284,7 +284,9 @@ class DestinationHandoff(Handoff):
         async with self.lock:
             if not self.permits(Call.FINALIZE):
                 return
-            ended = not await is_active(self._slot, self.record.domain_uuid)
+            uuid = self.record.domain_uuid
+            # While disks are pulled there is time to shut a guest down, and that is no loss.
+            ended = not await is_active(self._slot, uuid) and not await was_shut_down(self._slot, uuid)
             xml, autostart = self.record.persistent_xml, self.record.autostart
 
             def define(connection: libvirt.virConnect) -> None:

@@ -19,6 +19,12 @@ USER_TIMEOUT_S: Final = 1.0
 _RUNNING_STATUSES: Final = ("running", "io-error", "watchdog", "guest-panicked", "suspended", "shutdown")
 """QEMU's run states in which a guest is not waiting for us."""
 
+_WANTED_OFF: Final = (
+    libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN,
+    libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED,
+    libvirt.VIR_DOMAIN_SHUTOFF_SAVED,
+)
+
 _UNDEFINE_FLAGS: Final = (
     libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
     | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_TPM
@@ -34,6 +40,15 @@ async def is_active(slot: Slot, uuid: str) -> bool:
         return bool(await slot.on_domain(uuid, lambda domain: domain.isActive(), urgent=True))
     except NotFoundError:
         return False
+
+
+async def was_shut_down(slot: Slot, uuid: str) -> bool:
+    """A defined domain is off because the guest itself, or its user, wanted it so. Raises as Slot.call does."""
+    try:
+        state, reason = await slot.on_domain(uuid, lambda domain: domain.state())
+    except NotFoundError:
+        return False
+    return state == libvirt.VIR_DOMAIN_SHUTOFF and reason in _WANTED_OFF
 
 
 async def run_again(slot: Slot, uuid: str) -> bool:

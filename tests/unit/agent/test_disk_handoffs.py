@@ -281,6 +281,7 @@ async def test_a_pull_goes_on_after_the_guest_was_shut_down_and_the_agent_restar
     await move.source.restart()
     await pulled(destination)
     await destination.finalize()
+    assert not destination.record.ended
     await move.source.handoffs.source(move.id, Call.RELEASE).release()
     (arrived,) = images(move)[1]
     assert holds(arrived, 7, 1)

@@ -5,11 +5,13 @@ import signal
 import subprocess
 from contextlib import aclosing
 
+import grpc
+import grpc.aio
 import pytest
-from moves import Moves, Subject, story
+from moves import CALL_S, Moves, Subject, story
 
 from handoff.agent.v1.disk_pb2 import DiskPhase, DiskStrategy
-from handoff.controller.v1.migrations_pb2 import Migration, MigrationOptions
+from handoff.controller.v1.migrations_pb2 import CreateMigrationRequest, Migration, MigrationOptions
 from handoff_controller.machine import State, state_of
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests, virsh
@@ -110,6 +112,7 @@ async def test_a_host_of_another_type_gets_another_format(moves: Moves, guests: 
     disks = await Disks.create(moves, guests, (DISKS[0], BACKED))
     await asyncio.to_thread(fleet.set_type, "h2", "ark")
     try:
+        await _reaches(moves, "stateful", "h2")
         told = await asyncio.to_thread(_handoff, fleet, "migrate", "stateful", "--to", "h2", "--dry-run")
         assert "convert" in told
         assert "/srv/ark/stateful-vda.raw" in told
@@ -192,6 +195,20 @@ async def test_a_guest_goes_on_from_the_switch_when_its_destination_dies_in_the_
         await asyncio.to_thread(fleet.up)
     verdict = await disks.must_be_whole_at("h1", "h2")
     assert verdict.disk("vda").layers == 1
+
+
+async def _reaches(moves: Moves, guest: str, host: str) -> None:
+    """Waits until the controller has found an agent again that was restarted."""
+    request = CreateMigrationRequest(guest=guest, destination_host=host, validate_only=True)
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                await moves.api().CreateMigration(request, timeout=CALL_S)
+                return
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+            await asyncio.sleep(0.2)
 
 
 def _handoff(fleet: Fleet, *arguments: str) -> str:

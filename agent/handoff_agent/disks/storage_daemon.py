@@ -103,9 +103,18 @@ class StorageDaemon:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for port in _free_ports(address):
             command = [binary, *self._arguments(exports, address.host, port, tls_credentials)]
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False
-            )
+            try:
+                done = subprocess.run(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    text=True,
+                    timeout=START_TIMEOUT_S,
+                    check=False,
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                self._stop()
+                raise PreconditionError(f"{_BINARY} could not be started: {error}") from None
             if done.returncode == 0:
                 tls = bool(tls_credentials)
                 return {each.name: str(ExportUri(address.host, port, each.name, tls=tls)) for each in exports}

@@ -70,11 +70,11 @@ class PauseWatch:
         """When the destination was first resumed, as time.time() says it. Raises TimeoutError when it was not."""
 
         def resumes() -> list[float]:
-            return [time_s for host, event, time_s in self._events if (host, event) == (destination, "RESUME")]
+            return [time_s for host, event, time_s in self._heard if (host, event) == (destination, "RESUME")]
 
         with self._changed:
             if not self._changed.wait_for(resumes, deadline_s):
-                raise TimeoutError(f"no RESUME on {destination}: {self._events}")
+                raise TimeoutError(f"no RESUME on {destination}: {self._heard}")
             return resumes()[0]
 
     def _both(self, source: str, destination: str) -> tuple[float, float] | None:

@@ -294,8 +294,14 @@ class DepartingDisks(SourceCompanion):
     async def _until_in_step(self) -> None:
         waits_s = FIRST_LOOKS_S
         while not await self._report():
-            await asyncio.sleep(waits_s)
+            await asyncio.sleep(min(waits_s, self._soonest_s()))
             waits_s = min(2 * waits_s, LOOK_INTERVAL_S)
+
+    def _soonest_s(self) -> float:
+        """When the next mirror may be in step: until that is seen nothing else is sent."""
+        behind = [one for one in self._handoff.disk_progress if one.phase == pb.DISK_PHASE_SENDING and one.bytes_per_s]
+        left_s = [(one.total_bytes - one.done_bytes) / one.bytes_per_s for one in behind]
+        return max(FIRST_LOOKS_S, min(left_s, default=LOOK_INTERVAL_S))
 
     async def _report(self) -> bool:
         """Reads all mirrors, slows the guest where it would never end, tells the progress; whether all are in step."""

@@ -326,6 +326,10 @@ async def test_a_destination_that_is_fenced_in_the_pull_leaves_the_source_as_it_
         while daemon.pid is None:  # noqa: ASYNC110 - another's process
             await asyncio.sleep(0.1)
     await move.source.handoffs.abort(move.id, SOURCE, "h2 is fenced")
+    # It comes back, and finds the guest off.
+    await move.target.slot.on_domain(move.guest, lambda d: d.destroy())
+    await move.target.restart()
+    await asyncio.sleep(1)
     await move.target.handoffs.abort(move.id, DESTINATION, "h2 is fenced", fenced=True)
     assert await move.is_running(move.source)
     assert await move.target.hypervisor.list() == []

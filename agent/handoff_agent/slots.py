@@ -107,7 +107,7 @@ class Slot:
     ) -> T:
         """Runs `fn` with a connection on a thread. `urgent` takes the lane that is kept free for paused guests.
 
-        What `fn` returns must not be of libvirt: a connection is for one thread at a time.
+        An object of libvirt's that `fn` returns must not be used any more: a connection is for one thread at a time.
 
         Raises UnavailableError without a libvirtd, DeadlineError after `timeout_s` (the call may still take effect),
         NotFoundError for an unknown domain, PreconditionError for what the domain's state does not allow, and
@@ -202,7 +202,6 @@ class Slot:
 
         _run_detached(f"libvirt-{self.name}-open", open_connection)
         return await opened
-
 
     def _connect(self, on_close: Callable[[libvirt.virConnect, int, None], None]) -> _Close:
         connection = libvirt.open(self.uri)

@@ -210,3 +210,13 @@ def start_libvirt_loop() -> None:
             libvirt.registerErrorHandler(lambda _context, _error: None, None)
             _loop_thread = threading.Thread(target=_run_libvirt_loop, name="libvirt-events", daemon=True)
             _loop_thread.start()
+
+
+def on_libvirt_loop(fn: Callable[[], None]) -> None:
+    """Runs `fn` on libvirt's event thread, some time soon."""
+
+    def once(timer: int, _opaque: None) -> None:
+        libvirt.virEventRemoveTimeout(timer)
+        fn()
+
+    libvirt.virEventAddTimeout(0, once, None)

@@ -52,9 +52,9 @@ class Inventory:
 
     async def domain(self, uuid: str) -> types.Domain:
         """One domain. Raises NotFoundError, UnavailableError or DeadlineError, as Hypervisor.find does."""
-        slot, domain = await self._hypervisor.find(uuid)
-        readings = await slot.call(lambda _: [_read_one(domain)], INVENTORY_TIMEOUT_S)
-        return (await self._describe(slot, readings))[0]
+        slot = await self._hypervisor.find(uuid)
+        reading = await slot.on_domain(uuid, _read_one, INVENTORY_TIMEOUT_S)
+        return (await self._describe(slot, [reading]))[0]
 
     async def _describe(self, slot: Slot, readings: Sequence[_Reading]) -> list[types.Domain]:
         is_shared = shared_storage(self._shared_paths)

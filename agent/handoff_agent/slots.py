@@ -1,21 +1,28 @@
 """The host's libvirt daemons: connections that survive restarts and freezes, and calls with deadlines.
 
-A frozen libvirtd blocks the thread that asked it until keep-alive breaks the connection (about 8 s); the caller gets a
-DeadlineError in time, and the connection is made again when the daemon is back.
+A frozen libvirtd blocks the threads that asked it until it is back; their callers get a DeadlineError in time. After
+about 8 s keep-alive notices, on a connection for events alone, which is made again when the daemon is back.
 """
 
 import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, TypeAlias, TypeVar
 
 import grpc
 import libvirt
 import structlog
 
-from handoff_agent.events import ConnectionEvent, EventHub, Subscription, register_events, start_libvirt_loop
+from handoff_agent.events import (
+    ConnectionEvent,
+    EventHub,
+    Subscription,
+    on_libvirt_loop,
+    register_events,
+    start_libvirt_loop,
+)
+from handoff_agent.lanes import Lane, Line
 from handoff_common.errors import (
     DeadlineError,
     HandoffError,
@@ -27,17 +34,15 @@ from handoff_common.errors import (
 log = structlog.get_logger()
 
 T = TypeVar("T")
-_Opened: TypeAlias = tuple[libvirt.virConnect, Callable[[], None]]
-"""A connection, and what closes it."""
+_Close: TypeAlias = Callable[[], None]
 
 CALL_TIMEOUT_S = 10.0
 KEEPALIVE_INTERVAL_S = 2
 KEEPALIVE_COUNT = 3
 RECONNECT_DELAY_S = 0.5
-# libvirtd serves at most 5 requests of one connection at a time (max_client_requests) and stops reading beyond, even
-# keep-alive. The urgent lane is for what is done while a guest is paused: it never waits behind an inventory.
-ORDINARY_THREADS = 3
-URGENT_THREADS = 2
+# The urgent lane is for what is done while a guest is paused: it never waits behind an inventory.
+ORDINARY_LINES = 3
+URGENT_LINES = 3
 
 
 class LibvirtFailure(HandoffError):  # noqa: N818 - libvirtError is the exception that it stands for
@@ -51,7 +56,7 @@ class LibvirtFailure(HandoffError):  # noqa: N818 - libvirtError is the exceptio
 
 
 class Slot:
-    """One libvirt daemon and our connection to it."""
+    """One libvirt daemon and our connections to it."""
 
     def __init__(self, name: str, uri: str) -> None:
         self.name = name
@@ -59,17 +64,15 @@ class Slot:
         self.host_uuid = ""
         self.libvirt_version = ""
         self.hub = EventHub()
-        self._connection: libvirt.virConnect | None = None
-        self._domains: dict[str, libvirt.virDomain] = {}
-        self._ordinary = ThreadPoolExecutor(ORDINARY_THREADS, f"libvirt-{name}")
-        self._urgent = ThreadPoolExecutor(URGENT_THREADS, f"libvirt-{name}-urgent")
+        self._ordinary = Lane(f"libvirt-{name}", uri, ORDINARY_LINES)
+        self._urgent = Lane(f"libvirt-{name}-urgent", uri, URGENT_LINES)
         self._owner: asyncio.Task[None] | None = None
         self._up = asyncio.Event()
 
     @property
     def connected(self) -> bool:
-        """There is a live connection."""
-        return self._connection is not None
+        """libvirtd is there, and answered a few seconds ago."""
+        return self._up.is_set()
 
     async def start(self) -> None:
         """Begins to connect, and to connect again whenever the connection is lost; returns at once."""
@@ -78,13 +81,13 @@ class Slot:
         self._owner = asyncio.create_task(self._maintain(), name=f"slot-{self.name}")
 
     async def close(self) -> None:
-        """Ends the connection. Domains and transfers are not touched."""
+        """Ends the connections. Domains and transfers are not touched."""
         if self._owner is not None:
             self._owner.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._owner
-        self._ordinary.shutdown(wait=False, cancel_futures=True)
-        self._urgent.shutdown(wait=False, cancel_futures=True)
+        self._ordinary.close()
+        self._urgent.close()
 
     async def wait_connected(self, timeout_s: float) -> bool:
         """Waits for a connection; tells whether there is one."""
@@ -102,23 +105,15 @@ class Slot:
     async def call(
         self, fn: Callable[[libvirt.virConnect], T], timeout_s: float = CALL_TIMEOUT_S, *, urgent: bool = False
     ) -> T:
-        """Runs `fn` with the connection on a thread. `urgent` takes the lane that is kept free for paused guests.
+        """Runs `fn` with a connection on a thread. `urgent` takes the lane that is kept free for paused guests.
 
-        Raises UnavailableError without a connection, DeadlineError after `timeout_s` (the call may still take effect),
+        An object of libvirt's that `fn` returns must not be used any more: a connection is for one thread at a time.
+
+        Raises UnavailableError without a libvirtd, DeadlineError after `timeout_s` (the call may still take effect),
         NotFoundError for an unknown domain, PreconditionError for what the domain's state does not allow, and
         LibvirtFailure for everything else that libvirt says.
         """
-        connection = self._connection
-        if connection is None:
-            raise UnavailableError(f"slot {self.name}: no connection to libvirtd at {self.uri}; is it running?")
-        pool = self._urgent if urgent else self._ordinary
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await asyncio.get_running_loop().run_in_executor(pool, fn, connection)
-        except TimeoutError:
-            raise DeadlineError(f"slot {self.name}: libvirtd did not answer within {timeout_s:g} s") from None
-        except libvirt.libvirtError as error:
-            raise self._translate(error, connection) from error
+        return await self._on_line(lambda line: fn(line.connection), timeout_s, urgent=urgent)
 
     async def on_domain(
         self,
@@ -128,28 +123,33 @@ class Slot:
         *,
         urgent: bool = False,
     ) -> T:
-        """Runs `fn` with the domain; raises as `call` does."""
-        domains = self._domains
-
-        def run(connection: libvirt.virConnect) -> T:
-            domain = domains.get(uuid)
-            if domain is None:
-                domain = connection.lookupByUUIDString(uuid)
-                domains[uuid] = domain
-            return fn(domain)
-
-        return await self.call(run, timeout_s, urgent=urgent)
+        """Runs `fn` with the domain; for the rest as `call`."""
+        return await self._on_line(lambda line: fn(line.domain(uuid)), timeout_s, urgent=urgent)
 
     def forget(self, uuid: str) -> None:
-        """Drops the cached handle of a domain that is gone."""
-        self._domains.pop(uuid, None)
+        """Drops the cached handles of a domain that is gone."""
+        self._ordinary.forget(uuid)
+        self._urgent.forget(uuid)
 
-    def _translate(self, error: libvirt.libvirtError, connection: libvirt.virConnect) -> HandoffError:
+    async def _on_line(self, fn: Callable[[Line], T], timeout_s: float, *, urgent: bool) -> T:
+        if not self.connected:
+            raise UnavailableError(f"slot {self.name}: no connection to libvirtd at {self.uri}; is it running?")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await (self._urgent if urgent else self._ordinary).run(fn)
+        except TimeoutError:
+            raise DeadlineError(f"slot {self.name}: libvirtd did not answer within {timeout_s:g} s") from None
+        except UnavailableError as error:
+            raise UnavailableError(f"slot {self.name}: {error.message}") from error
+        except libvirt.libvirtError as error:
+            raise self._translate(error) from error
+
+    def _translate(self, error: libvirt.libvirtError) -> HandoffError:
         text = f"slot {self.name}: {error.get_error_message()}"
         code = error.get_error_code()
-        if self._connection is not connection or code == libvirt.VIR_ERR_RPC:
-            return UnavailableError(f"slot {self.name}: the connection to libvirtd was lost: {error}")
         match code:
+            case libvirt.VIR_ERR_RPC:
+                return UnavailableError(text)
             case libvirt.VIR_ERR_NO_DOMAIN:
                 return NotFoundError(text)
             case libvirt.VIR_ERR_OPERATION_TIMEOUT | libvirt.VIR_ERR_AGENT_UNRESPONSIVE:
@@ -164,7 +164,7 @@ class Slot:
         while True:
             closed = asyncio.Event()
             try:
-                connection, close = await self._open(closed)
+                close = await self._open(closed)
             except libvirt.libvirtError as error:
                 if str(error) != last_error:
                     last_error = str(error)
@@ -172,7 +172,6 @@ class Slot:
                 await asyncio.sleep(RECONNECT_DELAY_S)
                 continue
             last_error = ""
-            self._connection, self._domains = connection, {}
             self._up.set()
             log.info("slot connected", slot=self.name, libvirt=self.libvirt_version)
             self.hub.publish(ConnectionEvent(self.name, connected=True))
@@ -180,15 +179,14 @@ class Slot:
                 await closed.wait()
                 log.warning("slot lost its libvirtd", slot=self.name)
             finally:
-                self._connection, self._domains = None, {}
                 self._up.clear()
                 self.hub.publish(ConnectionEvent(self.name, connected=False))
-                _run_detached(f"libvirt-{self.name}-close", close)
+                on_libvirt_loop(close)
 
-    async def _open(self, closed: asyncio.Event) -> _Opened:
-        """Connects on a thread of its own: libvirt waits for a frozen libvirtd for ever, and no pool must wait too."""
+    async def _open(self, closed: asyncio.Event) -> _Close:
+        """Connects on a thread of its own: libvirt waits for a frozen libvirtd for ever, and no lane must wait too."""
         loop = asyncio.get_running_loop()
-        opened: asyncio.Future[_Opened] = loop.create_future()
+        opened: asyncio.Future[_Close] = loop.create_future()
 
         def on_close(_connection: libvirt.virConnect, _reason: int, _opaque: None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop ended first
@@ -196,27 +194,39 @@ class Slot:
 
         def open_connection() -> None:
             try:
-                connection = libvirt.open(self.uri)
-                connection.registerCloseCallback(on_close, None)
-                connection.setKeepAlive(KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
-                deregister = register_events(connection, self.name, self.hub.publish_threadsafe)
-                version = connection.getLibVersion()
-                self.libvirt_version = f"{version // 1_000_000}.{version // 1_000 % 1_000}.{version % 1_000}"
-                self.host_uuid = _host_uuid(connection)
+                close = self._connect(on_close)
             except libvirt.libvirtError as error:
                 loop.call_soon_threadsafe(_fail, opened, error)
-                return
-
-            def close() -> None:
-                # Callbacks that stay registered keep the connection open.
-                deregister()
-                connection.unregisterCloseCallback()
-                connection.close()
-
-            loop.call_soon_threadsafe(_succeed, opened, (connection, close))
+            else:
+                loop.call_soon_threadsafe(_succeed, opened, close)
 
         _run_detached(f"libvirt-{self.name}-open", open_connection)
         return await opened
+
+    def _connect(self, on_close: Callable[[libvirt.virConnect, int, None], None]) -> _Close:
+        connection = libvirt.open(self.uri)
+        version = connection.getLibVersion()
+        self.libvirt_version = f"{version // 1_000_000}.{version // 1_000 % 1_000}.{version % 1_000}"
+        self.host_uuid = _host_uuid(connection)
+        connection.registerCloseCallback(on_close, None)
+        deregister = register_events(connection, self.name, self.hub.publish_threadsafe)
+
+        def close() -> None:
+            # Callbacks that stay registered keep the connection open.
+            deregister()
+            for end in (connection.unregisterCloseCallback, connection.close):
+                with contextlib.suppress(libvirt.libvirtError):
+                    end()
+
+        try:
+            self._urgent.open()
+            self._ordinary.open()
+            # From now on libvirt's event thread calls on this connection, and no other may (see lanes.py).
+            connection.setKeepAlive(KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
+        except libvirt.libvirtError:
+            close()
+            raise
+        return close
 
 
 def _host_uuid(connection: libvirt.virConnect) -> str:
@@ -225,12 +235,14 @@ def _host_uuid(connection: libvirt.virConnect) -> str:
     return rest.partition("</uuid>")[0]
 
 
-def _succeed(future: asyncio.Future[_Opened], opened: _Opened) -> None:
-    if not future.done():
-        future.set_result(opened)
+def _succeed(future: asyncio.Future[_Close], close: _Close) -> None:
+    if future.done():
+        on_libvirt_loop(close)
+    else:
+        future.set_result(close)
 
 
-def _fail(future: asyncio.Future[_Opened], error: Exception) -> None:
+def _fail(future: asyncio.Future[_Close], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
 
@@ -265,39 +277,26 @@ class Hypervisor:
                 return slot
         raise NotFoundError(f"this host has no slot {name!r}; it has {', '.join(slot.name for slot in self.slots)}")
 
-    async def find(self, uuid: str) -> tuple[Slot, libvirt.virDomain]:
-        """Returns the domain and its slot; one that is active wins over one that is only defined.
+    async def find(self, uuid: str) -> Slot:
+        """Returns the slot that has a domain; one where it is active wins over one where it is only defined.
 
         Raises NotFoundError when no connected slot has it, and UnavailableError when none has it but a slot that is not
         connected might.
         """
-        found: tuple[Slot, libvirt.virDomain] | None = None
+        found: Slot | None = None
         for slot in self.slots:
             if not slot.connected:
                 continue
             try:
-                domain, active = await slot.call(lambda connection: _lookup(connection, uuid))
+                active = await slot.on_domain(uuid, lambda domain: domain.isActive())
             except NotFoundError:
                 continue
             if active:
-                return slot, domain
-            found = found or (slot, domain)
+                return slot
+            found = found or slot
         if found is not None:
             return found
         missing = [slot.name for slot in self.slots if not slot.connected]
         if missing:
             raise UnavailableError(f"domain {uuid} is not found, and slot {', '.join(missing)} has no libvirtd to ask")
         raise NotFoundError(f"no domain with UUID {uuid} on this host")
-
-    async def list(self) -> list[tuple[Slot, libvirt.virDomain]]:
-        """Returns all domains of all connected slots, active or only defined."""
-        domains: list[tuple[Slot, libvirt.virDomain]] = []
-        for slot in self.slots:
-            if slot.connected:
-                domains.extend((slot, domain) for domain in await slot.call(lambda c: c.listAllDomains()))
-        return domains
-
-
-def _lookup(connection: libvirt.virConnect, uuid: str) -> tuple[libvirt.virDomain, bool]:
-    domain = connection.lookupByUUIDString(uuid)
-    return domain, bool(domain.isActive())

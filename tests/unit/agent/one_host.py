@@ -158,7 +158,7 @@ class Upgrade:
         return await Monitor(self.slots[slot], self.guest).query_status()
 
     async def is_only_in(self, slot: str) -> None:
-        assert [each.name for each, _ in await self.hypervisor.list()] == [slot]
+        assert [each.name for each, _ in await domains(self.hypervisor)] == [slot]
         assert await self.status(slot) == "running"
         sockets = self.directory / "run" / "handoffs"
         assert not sockets.exists() or not list(sockets.iterdir())
@@ -176,8 +176,21 @@ async def upgrading(uris: tuple[str, str], directory: Path) -> AsyncIterator[Upg
         await found.slots["a"].call(found.define)
         yield found
         await found.handoffs.close()
-        for slot, domain in await found.hypervisor.list():
-            await slot.call(lambda _, domain=domain: remove(domain))
+        await remove_all(found.hypervisor)
+
+
+async def domains(hypervisor: Hypervisor) -> list[tuple[Slot, str]]:
+    """The UUIDs of all domains, active or only defined, and where they are."""
+    return [
+        (slot, guest)
+        for slot in hypervisor.slots
+        for guest in await slot.call(lambda connection: [each.UUIDString() for each in connection.listAllDomains()])
+    ]
+
+
+async def remove_all(hypervisor: Hypervisor) -> None:
+    for slot, guest in await domains(hypervisor):
+        await slot.on_domain(guest, remove)
 
 
 def remove(domain: libvirt.virDomain) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import libvirt
 import pytest
+from one_host import remove_all
 
 from handoff.agent.v1 import qemu_pb2 as pb
 from handoff.agent.v1 import types_pb2 as types
@@ -133,7 +134,7 @@ class Host:
         await self.start()
 
     async def domain_names(self) -> list[str]:
-        return [domain.name() for _, domain in await self.hypervisor.list()]
+        return await self.slot.call(lambda connection: [domain.name() for domain in connection.listAllDomains()])
 
 
 @dataclass(frozen=True)
@@ -223,14 +224,7 @@ async def move(hosts: tuple[Host, Host]) -> AsyncIterator[Move]:
     await source.slot.call(define)
     yield Move(f"m-{uuid.uuid4().hex[:8]}", source, target, identity)
     for host in hosts:
-        for _, domain in await host.hypervisor.list():
-            await host.slot.call(lambda _, domain=domain: _remove(domain))
-
-
-def _remove(domain: libvirt.virDomain) -> None:
-    for end in (domain.destroy, domain.undefine):
-        with contextlib.suppress(libvirt.libvirtError):
-            end()
+        await remove_all(host.hypervisor)
 
 
 async def autostart(host: Host, guest: str) -> int:

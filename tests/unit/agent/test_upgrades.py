@@ -47,9 +47,12 @@ async def test_a_guest_gets_its_new_qemu(upgrade: Upgrade, method: pb.TransferMe
     await asyncio.gather(source.release(), destination.finalize())
     assert (source.state, destination.state) == (RELEASED, FINALIZED)
     await upgrade.is_only_in("b")
-    domain = (await upgrade.hypervisor.list())[0][1]
-    assert domain.autostart() == 1
-    persistent = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+
+    def definition(domain: libvirt.virDomain) -> tuple[int, str]:
+        return domain.autostart(), domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+
+    autostart, persistent = await upgrade.slots["b"].on_domain(upgrade.guest, definition)
+    assert autostart == 1
     assert upgrade.paths["new"] in persistent
     assert "incoming" not in persistent
     assert "aux-ram-share=on" in persistent

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import libvirt
 import pytest
+from builds import QEMU, Builds
+from one_host import remove_all
+from processes import find_process, incoming_qemu
 
 from handoff.agent.v1 import qemu_pb2 as pb
 from handoff.agent.v1 import types_pb2 as types
@@ -20,7 +23,6 @@ from handoff_agent.arrival import Arrivals
 from handoff_agent.convergence import ConvergenceSettings
 from handoff_agent.departure import Departures
 from handoff_agent.destination import Listener
-from handoff_agent.emulators import Emulators
 from handoff_agent.events import ConnectionEvent
 from handoff_agent.handoff_changes import HandoffChanges
 from handoff_agent.handoffs import Handoffs
@@ -44,7 +46,7 @@ from handoff_agent.rules import (
     Call,
     State,
 )
-from handoff_agent.settings import AgentSettings, EmulatorSettings, SlotSettings
+from handoff_agent.settings import AgentSettings, SlotSettings
 from handoff_agent.slots import Hypervisor, Slot
 from handoff_agent.survey import Survey
 from handoff_common.errors import (
@@ -56,7 +58,6 @@ from handoff_common.errors import (
     UnavailableError,
 )
 
-QEMU = f"{os.environ.get('HANDOFF_PREFIX', '/opt/handoff')}/qemu-10.0/bin/qemu-system-x86_64"
 MEMORY_MIB = 128
 LIMITS = ConvergenceSettings(300)
 DEADLINE_S = 2.0
@@ -65,26 +66,25 @@ DEADLINE_S = 2.0
 class Host:
     """One agent's handoffs, without its gRPC server."""
 
-    def __init__(self, name: str, uri: str, state_dir: Path, first_port: int) -> None:
+    def __init__(self, name: str, uri: str, builds: Builds, state_dir: Path, first_port: int) -> None:
         self.settings = AgentSettings(
             name=name,
             migration_address="127.0.0.1",
             memory_mib=1024,
             slots={"a": SlotSettings(uri=uri)},
-            emulators=(EmulatorSettings(name="new", path=QEMU),),
+            emulators=builds.settings,
         )
         self.state_dir = state_dir
         self.listener = Listener("127.0.0.1", first_port, first_port + 15)
         self.slot = Slot("a", uri)
         self.hypervisor = Hypervisor([self.slot])
-        self.emulators = Emulators(self.settings.emulators)
+        self.emulators = builds.emulators
         self.handoffs: Handoffs
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Host"]:
         async with self.hypervisor.running():
             assert await self.slot.wait_connected(10)
-            await self.emulators.probe()
             await self.start()
             yield self
             await self.handoffs.close()
@@ -162,8 +162,9 @@ class Move:
 
 
 @pytest.fixture
-async def hosts(libvirtd: str, other_libvirtd: str, tmp_path: Path) -> AsyncIterator[tuple[Host, Host]]:
-    one, two = Host("h1", libvirtd, tmp_path / "1", 49400), Host("h2", other_libvirtd, tmp_path / "2", 49416)
+async def hosts(libvirtd: str, other_libvirtd: str, builds: Builds, tmp_path: Path) -> AsyncIterator[tuple[Host, Host]]:
+    one = Host("h1", libvirtd, builds, tmp_path / "1", 49400)
+    two = Host("h2", other_libvirtd, builds, tmp_path / "2", 49416)
     async with one.running(), two.running():
         yield one, two
 
@@ -184,15 +185,7 @@ async def move(hosts: tuple[Host, Host]) -> AsyncIterator[Move]:
 
     await source.slot.call(define)
     yield Move(f"m-{uuid.uuid4().hex[:8]}", source, target, identity)
-    for host in hosts:
-        for _, domain in await host.hypervisor.list():
-            await host.slot.call(lambda _, domain=domain: _remove(domain))
-
-
-def _remove(domain: libvirt.virDomain) -> None:
-    for end in (domain.destroy, domain.undefine):
-        with contextlib.suppress(libvirt.libvirtError):
-            end()
+    await remove_all(source.hypervisor, target.hypervisor)
 
 
 async def autostart(host: Host, guest: str) -> int:
@@ -245,6 +238,21 @@ async def test_the_guest_runs_until_the_switch_is_ordered(move: Move) -> None:
     assert move.source.handoffs.get(move.id, SOURCE).state == READY
 
 
+async def test_a_transfer_that_breaks_as_the_switch_is_ordered_stays_failed(
+    move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await move.advance(READY)
+    side = move.source.handoffs.source(move.id, Call.SWITCH_OVER)
+
+    async def breaks(*_: object) -> bool:
+        await side.change(state=FAILED, message="the transfer broke")
+        return True
+
+    monkeypatch.setattr("handoff_agent.source.user_runs_it", breaks)
+    await side.switch_over()
+    assert side.state == FAILED
+
+
 async def test_a_pause_past_its_deadline_ends_with_the_guest_running_here(move: Move) -> None:
     await move.advance(SWITCHING, deadline_s=0.0001)
     failed = await move.until(HELD)
@@ -257,11 +265,7 @@ async def test_a_pause_past_its_deadline_ends_with_the_guest_running_here(move: 
 def frozen(host: Host) -> Iterator[None]:
     """The host's libvirtd does not answer; its QEMUs go on."""
     pid_file = host.slot.uri.partition("socket=")[2].replace("libvirt-sock", "libvirtd.pid")
-    (pid,) = (
-        int(folder.name)
-        for folder in Path("/proc").glob("[0-9]*")
-        if (folder / "cmdline").read_bytes().split(b"\0")[:3] == [b"libvirtd", b"-p", pid_file.encode()]
-    )
+    pid = find_process(lambda words: words[:3] == [b"libvirtd", b"-p", pid_file.encode()])
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -315,15 +319,6 @@ async def test_a_destination_that_is_killed_just_before_it_is_told_to_run_never_
     assert destination.to_message().never_ran
     await move.abort()
     assert await move.is_running(move.source)
-
-
-def incoming_qemu(guest: str) -> int:
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            if guest.encode() in words and b"-incoming" in words:
-                return int(process.name)
-    raise AssertionError(f"no QEMU waits for {guest}")
 
 
 async def test_a_source_that_goes_away_fails_and_says_so(move: Move) -> None:

@@ -27,6 +27,8 @@ VIRSH_DEADLINE_S = 30.0
 LIST_DEADLINE_S = 10.0
 DEFAULT_DISK = "size=1G,format=raw,place=shared"
 DEFAULT_NETWORK = TENANT.name
+# What an emulated processor is slow at, and a guest that lives for minutes needs not: a third of the time to boot.
+QUICK_BOOT = "mitigations=off nokaslr cryptomgr.notests"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 _PLACES = {"shared": "/srv/shared", "local": "/srv/vms"}
 
@@ -114,7 +116,7 @@ def domain_xml(guest: GuestRecord, lab: Lab, release: Release, machine: str = ""
     <type arch='x86_64' machine='{machine or release.machine}'>hvm</type>
     <kernel>{lab.guest_kernel}</kernel>
     <initrd>{lab.guest_initrd}</initrd>
-    <cmdline>console=ttyS0 quiet loglevel=3 panic=0 {address}hostname={guest.name}</cmdline>
+    <cmdline>console=ttyS0 quiet loglevel=3 panic=0 {QUICK_BOOT} {address}hostname={guest.name}</cmdline>
   </os>
   <features><acpi/><apic/></features>
   <cpu mode='custom' match='exact'><model>qemu64</model></cpu>

@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from pathlib import Path
 from typing import Final
 
 import libvirt
@@ -24,7 +23,7 @@ from handoff_agent.domains import end_domain, is_active, was_shut_down
 from handoff_agent.events import ConnectionEvent, Event, LifecycleEvent, MonitorEvent, Subscription
 from handoff_agent.handoff import Handoff, Notify, Save
 from handoff_agent.ledger import Record
-from handoff_agent.local_sockets import CPR, MULTIFD, UNIX, LocalSockets, cpr_socket, main_socket
+from handoff_agent.local_sockets import CPR, MULTIFD, UNIX, LocalSockets, cpr_socket, listens, main_socket
 from handoff_agent.monitor import MigrationStatus, Monitor, QmpError
 from handoff_agent.outgoing import MULTIFD_CAPABILITY, MULTIFD_PARAMETERS
 from handoff_agent.rules import ABORTED, ACTIVE, FAILED, FINALIZED, PREPARED, Call
@@ -344,8 +343,8 @@ class DestinationHandoff(Handoff):
     async def _until_it_waits(self, folder: str) -> None:
         """Waits until QEMU waits for the memory; libvirt's call goes on until it has come."""
         assert self._starting is not None
-        path, deadline = Path(cpr_socket(folder)), time.monotonic() + CREATE_TIMEOUT_S
-        while not path.is_socket():  # noqa: ASYNC240 - on a memory file system
+        path, deadline = cpr_socket(folder), time.monotonic() + CREATE_TIMEOUT_S
+        while not listens(path):
             await asyncio.wait({self._starting}, timeout=SOCKET_POLL_S)
             if self._starting.done():
                 self._starting.result()

@@ -7,6 +7,7 @@ import os
 import pwd
 import shutil
 from pathlib import Path
+from typing import Final
 
 from handoff_common.errors import PreconditionError
 
@@ -14,6 +15,10 @@ UNIX = "unix:"
 MULTIFD = "multifd:"
 """As "unix:", over several connections that QEMU makes itself."""
 CPR = "cpr:"
+
+_FLAGS_FIELD, _PATH_FIELD, _FIELDS = 3, 7, 8
+# __SO_ACCEPTCON of include/uapi/linux/net.h.
+_ACCEPTS: Final = 1 << 16
 
 
 def is_local(uri: str) -> bool:
@@ -29,6 +34,15 @@ def main_socket(folder: str) -> str:
 def cpr_socket(folder: str) -> str:
     """Where the new QEMU takes the descriptors of the guest's memory."""
     return f"{folder}/cpr"
+
+
+def listens(path: str) -> bool:
+    """Whether a connection to the socket at `path` would be accepted: its file is there a moment before."""
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        fields = line.split(maxsplit=_FIELDS - 1)
+        if len(fields) == _FIELDS and fields[_PATH_FIELD] == path and int(fields[_FLAGS_FIELD], 16) & _ACCEPTS:
+            return True
+    return False
 
 
 class LocalSockets:

@@ -145,6 +145,8 @@ class SourceHandoff(Handoff):
             if not self.permits(Call.SWITCH_OVER):
                 return
             await self._follow_user()
+            if not self.permits(Call.SWITCH_OVER):  # the transfer may have broken meanwhile
+                return
             await asyncio.gather(self.change(state=SWITCHING), self._order())
             self._wake_up()
 

@@ -35,6 +35,8 @@ DISK_SYNTAX = "size=1G,format=raw|qcow2,place=shared|local,data=SIZE,zeros=SIZE,
 FORMATS = ("raw", "qcow2")
 _OPTIONAL = ("data", "zeros", "volume", "backing")
 DEFAULT_NETWORK = TENANT.name
+# What an emulated processor is slow at, and a guest that lives for minutes needs not: a third of the time to boot.
+QUICK_BOOT = "mitigations=off nokaslr cryptomgr.notests"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 _PLACES = {"shared": "/srv/shared", "local": "/srv/vms"}
 
@@ -129,7 +131,7 @@ def domain_xml(guest: GuestRecord, lab: Lab, release: Release, machine: str = ""
     <type arch='x86_64' machine='{machine or release.machine}'>hvm</type>
     <kernel>{lab.guest_kernel}</kernel>
     <initrd>{lab.guest_initrd}</initrd>
-    <cmdline>console=ttyS0 quiet loglevel=3 panic=0 {address}hostname={guest.name}</cmdline>
+    <cmdline>console=ttyS0 quiet loglevel=3 panic=0 {QUICK_BOOT} {address}hostname={guest.name}</cmdline>
   </os>
   <features><acpi/><apic/></features>
   <cpu mode='custom' match='exact'><model>qemu64</model></cpu>

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from handoff_controller.machine import FINAL, State, state_of
 from handoff_controller.settle import SETTLED
 from handoff_lab.fabric import OVERLAY_NET
 from handoff_lab.fleet import Fleet
-from handoff_lab.guest import DEFAULT_DISK, DEFAULT_NETWORK, Guests
+from handoff_lab.guest import DEFAULT_DISK, DEFAULT_NETWORK, Guests, Sighting
 from handoff_lab.host import Host
 from handoff_lab.probe import GuestControl, GuestStatus
 from handoff_lab.state import GuestRecord
@@ -236,27 +236,31 @@ class Subject:
 
     async def _leftovers(self, home: str) -> list[str]:
         found: list[str] = []
-        sightings = await asyncio.to_thread(Guests(self.fleet).find, self.name)
-        found += [f"{seen.host}/{seen.slot}: {seen.state}" for seen in sightings if seen.host != home]
-        found += [f"at home: {seen.state}" for seen in sightings if seen.host == home and seen.state != "running"]
-        for host in (Host(self.fleet.lab, n) for n in range(1, self.fleet.lab.require_config().hosts + 1)):
-            if host.node.pid() is None:
-                continue
-            listing = await asyncio.to_thread(host.node.run, ["ss", "-Htan"])
-            for line in listing.stdout.splitlines():
-                state, _, _, local, *_ = line.split()
-                # By address: the ports of migration streams are also ordinary ephemeral ports.
-                if state != "TIME-WAIT" and local.startswith(f"{OVERLAY_NET}."):
-                    found.append(f"{host.name}: {line}")
-            ports = await asyncio.to_thread(host.node.run, ["ovs-vsctl", "list-ports", "br-int"])
-            taps = [port for port in ports.stdout.split() if port.startswith("vnet")]
-            owned = [
-                guest for guest in await asyncio.to_thread(Guests(self.fleet).sightings) if guest.host == host.name
-            ]
-            if len(taps) > sum(guest.state == "running" for guest in owned):
-                found.append(f"{host.name}: switch ports {taps}")
-            found += [f"{host.name}: {left}" for left in await unsettled(self.fleet, host.name)]
+        sightings = await asyncio.to_thread(Guests(self.fleet).sightings)
+        ours = [seen for seen in sightings if seen.guest == self.name]
+        found += [f"{seen.host}/{seen.slot}: {seen.state}" for seen in ours if seen.host != home]
+        found += [f"at home: {seen.state}" for seen in ours if seen.host == home and seen.state != "running"]
+        hosts = [Host(self.fleet.lab, n) for n in range(1, self.fleet.lab.require_config().hosts + 1)]
+        for left in await asyncio.gather(*(self._left_on(host, sightings) for host in hosts if host.node.pid())):
+            found += left
         return found
+
+    async def _left_on(self, host: Host, sightings: Sequence[Sighting]) -> list[str]:
+        found: list[str] = []
+        listing, ports, handoffs = await asyncio.gather(
+            asyncio.to_thread(host.node.run, ["ss", "-Htan"]),
+            asyncio.to_thread(host.node.run, ["ovs-vsctl", "list-ports", "br-int"]),
+            unsettled(self.fleet, host.name),
+        )
+        for line in listing.stdout.splitlines():
+            state, _, _, local, *_ = line.split()
+            # By address: the ports of migration streams are also ordinary ephemeral ports.
+            if state != "TIME-WAIT" and local.startswith(f"{OVERLAY_NET}."):
+                found.append(f"{host.name}: {line}")
+        taps = [port for port in ports.stdout.split() if port.startswith("vnet")]
+        if len(taps) > sum(seen.host == host.name and seen.state == "running" for seen in sightings):
+            found.append(f"{host.name}: switch ports {taps}")
+        return found + [f"{host.name}: {handoff}" for handoff in handoffs]
 
 
 async def unsettled(fleet: Fleet, host: str) -> list[str]:

@@ -17,7 +17,8 @@ from handoff_lab.probe import TcpSession
 
 pytestmark = pytest.mark.lab
 
-SLOW = MigrationOptions(bandwidth_bytes_per_s=8 << 20)
+SLOW = MigrationOptions(bandwidth_bytes_per_s=16 << 20)
+"""A copy that takes some seconds."""
 SWITCH_DEADLINE_S = 2.0
 """The default of MigrationOptions.switch_deadline."""
 

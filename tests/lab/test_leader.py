@@ -23,6 +23,8 @@ from handoff_lab.probe import TcpSession
 pytestmark = pytest.mark.lab
 
 LIVE = [state for state in State if state not in FINAL]
+SLOW = MigrationOptions(bandwidth_bytes_per_s=16 << 20)
+"""A copy that takes some seconds: it does not end before the leader does."""
 
 # Whose agent is frozen, so that a migration stays in a state until the leader has been dealt with. In the others the
 # work itself takes long enough: a domain is created, memory is copied at a limited rate, another migration is awaited.
@@ -59,10 +61,9 @@ async def in_state(subject: Subject, state: State, watcher: str) -> AsyncIterato
         return
     if state is State.PLANNED:
         other = await Subject.create(moves, "blocker", here)
-        blocker = await moves.create(other.name, there, MigrationOptions(bandwidth_bytes_per_s=4 << 20), watcher)
+        blocker = await moves.create(other.name, there, SLOW, watcher)
         await moves.reaches(blocker.id, State.COPYING, watcher)
-    slow = state in (State.COPYING, State.ABORTING)
-    options = MigrationOptions(bandwidth_bytes_per_s=(8 << 20) if slow else 0)
+    options = SLOW if state in (State.COPYING, State.ABORTING) else MigrationOptions()
     held_up = HELD_UP_BY[state]
     agent = await pid_of(fleet, there if held_up == "destination" else here, "agent")
     migration = await moves.create(subject.name, there, options, watcher)

@@ -77,7 +77,7 @@ def turns(rollout: Rollout) -> list[Turn]:
 
 @pytest.fixture
 async def three(moves: Moves, guests: Guests) -> list[Subject]:
-    return [await Subject.create(moves, f"roll-{number}", HOST) for number in range(1, 4)]
+    return await asyncio.gather(*(Subject.create(moves, f"roll-{number}", HOST) for number in range(1, 4)))
 
 
 async def runs_under(subject: Subject, release: str) -> None:

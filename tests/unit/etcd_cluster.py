@@ -4,27 +4,32 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Sequence
+from ipaddress import ip_network
 from pathlib import Path
 
 from handoff_common.errors import HandoffError
 from handoff_controller.etcd.client import EtcdClient
 
 SIZE = 3
+CLIENT_PORT, PEER_PORT = 2379, 2380
+# Room for four addresses of every process: a pid has 22 bits.
+LOOPBACK = ip_network("127.0.0.0/8")
 
 
 class EtcdCluster:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        ports = free_ports(2 * SIZE)
-        self.endpoints = tuple(f"127.0.0.1:{port}" for port in ports[:SIZE])
-        self._peers = tuple(f"http://127.0.0.1:{port}" for port in ports[SIZE:])
+        # Loopback addresses of this process alone: nobody else takes a port there, also not while its member is dead.
+        addresses = [str(LOOPBACK[os.getpid() * 4 + member]) for member in range(SIZE)]
+        self.endpoints = tuple(f"{address}:{CLIENT_PORT}" for address in addresses)
+        self._peers = tuple(f"http://{address}:{PEER_PORT}" for address in addresses)
         self._processes: list[subprocess.Popen[bytes] | None] = [None] * SIZE
         self._frozen: set[int] = set()
+        self._harmed = True
 
     def start(self, member: int) -> None:
         client_url = f"http://{self.endpoints[member]}"
@@ -48,11 +53,13 @@ class EtcdCluster:
     def kill(self, member: int) -> None:
         process = self._processes[member]
         assert process is not None
+        self._harmed = True
         process.kill()
         process.wait()
         self._processes[member] = None
 
     def freeze(self, member: int) -> None:
+        self._harmed = True
         self._signal(member, signal.SIGSTOP)
         self._frozen.add(member)
 
@@ -61,7 +68,9 @@ class EtcdCluster:
         self._frozen.discard(member)
 
     async def heal(self) -> None:
-        """Brings every member back and waits until each of them answers."""
+        """Brings every member back that was killed or frozen, and waits until each of them answers."""
+        if not self._harmed:
+            return
         for member in range(SIZE):
             if self._processes[member] is None:
                 self.start(member)
@@ -70,6 +79,7 @@ class EtcdCluster:
         for endpoint in self.endpoints:
             async with EtcdClient([endpoint]) as client:
                 await until(lambda client=client: _answers(client), 20)  # type: ignore[misc]
+        self._harmed = False
 
     def stop(self) -> None:
         for member, process in enumerate(self._processes):
@@ -114,14 +124,6 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], deadline_s: flo
             return
         assert time.monotonic() < end, f"did not come true within {deadline_s} s"
         await asyncio.sleep(every_s)
-
-
-def free_ports(count: int) -> tuple[int, ...]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = tuple(opened.getsockname()[1] for opened in sockets)
-    for opened in sockets:
-        opened.close()
-    return ports
 
 
 async def _answers(client: EtcdClient) -> bool:

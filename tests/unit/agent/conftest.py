@@ -9,6 +9,7 @@ from pathlib import Path
 
 import libvirt
 import pytest
+from builds import Builds
 
 from handoff_agent.events import start_libvirt_loop
 
@@ -47,6 +48,12 @@ def other_libvirtd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URI of a second one: the destination's."""
     with running_libvirtd(tmp_path_factory.mktemp("other-libvirtd")) as uri:
         yield uri
+
+
+@pytest.fixture(scope="session")
+async def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    """One set for all tests: to probe a build whose path is new takes longer than a whole handoff."""
+    return await Builds.probed(tmp_path_factory.mktemp("builds"))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
+from builds import Builds
 from one_host import CPR, UNIX, Upgrade, upgrading
 
 from handoff.agent.v1 import qemu_pb2 as pb
@@ -101,8 +102,10 @@ def recorder() -> Recorder:
 
 
 @pytest.fixture
-async def upgrade(libvirtd: str, other_libvirtd: str, tmp_path: Path, recorder: Recorder) -> AsyncIterator[Upgrade]:
-    async with upgrading((libvirtd, other_libvirtd), tmp_path) as found:
+async def upgrade(
+    libvirtd: str, other_libvirtd: str, builds: Builds, tmp_path: Path, recorder: Recorder
+) -> AsyncIterator[Upgrade]:
+    async with upgrading((libvirtd, other_libvirtd), builds, tmp_path) as found:
         found.companions = recorder
         await found.restart()
         yield found

@@ -4,7 +4,9 @@ import subprocess
 import uuid
 from pathlib import Path
 
-from test_handoffs import QEMU, Host, _remove
+from builds import QEMU, Builds
+from one_host import remove_all
+from test_handoffs import Host
 
 from handoff.agent.v1 import types_pb2 as types
 
@@ -18,8 +20,8 @@ def make_image(path: Path, size_mib: int, base: Path | None = None) -> None:
     subprocess.run(command, check=True)
 
 
-async def test_disks_on_every_bus(libvirtd: str, tmp_path: Path) -> None:
-    host = Host("h1", libvirtd, tmp_path / "1", 49400)
+async def test_disks_on_every_bus(libvirtd: str, builds: Builds, tmp_path: Path) -> None:
+    host = Host("h1", libvirtd, builds, tmp_path / "1", 49400)
     disks = "<disk type='file' device='cdrom'><target dev='sdd' bus='sata'/><readonly/></disk>"
     base = tmp_path / "base.raw"
     make_image(base, 9)
@@ -35,9 +37,9 @@ async def test_disks_on_every_bus(libvirtd: str, tmp_path: Path) -> None:
     <os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features><devices>
     <emulator>{QEMU}</emulator>{disks}<controller type='scsi' model='virtio-scsi'/></devices></domain>"""
     async with host.running():
-        domain = await host.slot.call(lambda connection: connection.createXML(xml, 0))
+        await host.slot.call(lambda connection: connection.createXML(xml, 0) and None)
         _, guest = await host.handoffs.prepare_source("m", identity, validate_only=True)
-        await host.slot.call(lambda _: _remove(domain))
+        await remove_all(host.hypervisor)
     found = {facts.target: facts for facts in guest.disks}
     assert {target: found[target].virtual_size_bytes >> 20 for target in BUSES} == {
         "vda": 10,

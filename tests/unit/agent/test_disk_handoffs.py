@@ -12,7 +12,9 @@ from typing import cast
 
 import libvirt
 import pytest
-from test_handoffs import LIMITS, MEMORY_MIB, QEMU, Host, Move, _remove, frozen
+from builds import QEMU, Builds
+from one_host import domains, remove_all
+from test_handoffs import LIMITS, MEMORY_MIB, Host, Move, frozen
 from test_mirror import Wire
 
 from handoff_agent.destination import DestinationHandoff
@@ -66,15 +68,22 @@ def formats(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 
 @pytest.fixture
-async def move(libvirtd: str, other_libvirtd: str, tmp_path: Path, formats: tuple[str, str]) -> AsyncIterator[Move]:
-    folders = tmp_path / "disks-1", tmp_path / "disks-2"
+async def move(
+    libvirtd: str,
+    other_libvirtd: str,
+    builds: Builds,
+    tmp_path_factory: pytest.TempPathFactory,
+    formats: tuple[str, str],
+) -> AsyncIterator[Move]:
+    directory = tmp_path_factory.mktemp("d")  # sockets are in it, and their paths must be short
+    folders = directory / "disks-1", directory / "disks-2"
     for folder in folders:
         folder.mkdir()
     make_image(folders[0] / f"a.{formats[0]}", formats[0])
     here = HostTypeSettings(folder=str(folders[0]))
     there = HostTypeSettings(folder=str(folders[1]), format=formats[1])
-    source = Host("h1", libvirtd, tmp_path / "1", 49400, here)
-    target = Host("h2", other_libvirtd, tmp_path / "2", 49416, there)
+    source = Host("h1", libvirtd, builds, directory / "1", 49400, here)
+    target = Host("h2", other_libvirtd, builds, directory / "2", 49416, there)
     identity, name = str(uuid.uuid4()), f"g-{uuid.uuid4().hex[:6]}"
     xml = f"""<domain type='qemu'><name>{name}</name><uuid>{identity}</uuid><memory unit='MiB'>{MEMORY_MIB}</memory>
     <vcpu>1</vcpu><os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features><devices>
@@ -88,9 +97,7 @@ async def move(libvirtd: str, other_libvirtd: str, tmp_path: Path, formats: tupl
         for handoff in target.handoffs.all():
             if handoff.state not in FINAL_STATES:
                 await target.handoffs.abort(handoff.record.migration_id, DESTINATION, "the test is over")
-        for host in (source, target):
-            for _, domain in await host.hypervisor.list():
-                await host.slot.call(lambda _, domain=domain: _remove(domain))
+        await remove_all(source.hypervisor, target.hypervisor)
 
 
 def images(move: Move) -> tuple[list[Path], list[Path]]:
@@ -332,7 +339,7 @@ async def test_a_destination_that_is_fenced_in_the_pull_leaves_the_source_as_it_
     await asyncio.sleep(1)
     await move.target.handoffs.abort(move.id, DESTINATION, "h2 is fenced", fenced=True)
     assert await move.is_running(move.source)
-    assert await move.target.hypervisor.list() == []
+    assert await domains(move.target.hypervisor) == []
     ((base,), there) = images(move)
     assert there == []
     await move.source.slot.on_domain(move.guest, lambda d: d.destroy())

@@ -59,7 +59,7 @@ async def test_the_machines_own() -> None:
 
 
 async def test_what_fails_is_left_out_and_the_rest_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(emulators, "PROBE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(emulators, "PROBE_TIMEOUT_S", 2.0)
     configured = [
         EmulatorSettings(name="missing", path=str(tmp_path / "missing")),
         script(tmp_path / "aborts", "#!/bin/sh\necho 'Only modules from the same build' >&2\nkill -ABRT $$\n"),
@@ -70,7 +70,7 @@ async def test_what_fails_is_left_out_and_the_rest_stays(tmp_path: Path, monkeyp
     found = Emulators(configured)
     began = time.monotonic()
     await found.probe()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     assert [build.name for build in found.builds] == ["good"]
     assert found.builds[0].machine_types == {"pc", "pc-q35-10.0"}
 

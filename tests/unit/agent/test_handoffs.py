@@ -14,7 +14,9 @@ from pathlib import Path
 
 import libvirt
 import pytest
+from builds import QEMU, Builds
 from one_host import remove_all
+from processes import find_process, incoming_qemu
 
 from handoff.agent.v1 import qemu_pb2 as pb
 from handoff.agent.v1 import types_pb2 as types
@@ -26,7 +28,6 @@ from handoff_agent.disks.companions import DiskCompanions
 from handoff_agent.disks.plans import DiskPlans
 from handoff_agent.disks.settings import StorageSettings
 from handoff_agent.disks.storage_daemon import Address
-from handoff_agent.emulators import Emulators
 from handoff_agent.events import ConnectionEvent
 from handoff_agent.handoff_changes import HandoffChanges
 from handoff_agent.handoffs import Handoffs
@@ -50,7 +51,7 @@ from handoff_agent.rules import (
     Call,
     State,
 )
-from handoff_agent.settings import AgentSettings, EmulatorSettings, HostTypeSettings, SlotSettings
+from handoff_agent.settings import AgentSettings, HostTypeSettings, SlotSettings
 from handoff_agent.slots import Hypervisor, Slot
 from handoff_agent.survey import Survey
 from handoff_common.errors import (
@@ -62,7 +63,6 @@ from handoff_common.errors import (
     UnavailableError,
 )
 
-QEMU = f"{os.environ.get('HANDOFF_PREFIX', '/opt/handoff')}/qemu-10.0/bin/qemu-system-x86_64"
 MEMORY_MIB = 128
 LIMITS = ConvergenceSettings(300)
 DEADLINE_S = 2.0
@@ -72,7 +72,13 @@ class Host:
     """One agent's handoffs, without its gRPC server."""
 
     def __init__(
-        self, name: str, uri: str, state_dir: Path, first_port: int, disks: HostTypeSettings | None = None
+        self,
+        name: str,
+        uri: str,
+        builds: Builds,
+        state_dir: Path,
+        first_port: int,
+        disks: HostTypeSettings | None = None,
     ) -> None:
         """`disks`: where disks are kept that are local to it."""
         self.settings = AgentSettings(
@@ -81,7 +87,7 @@ class Host:
             memory_mib=1024,
             host_types={"standard": disks or HostTypeSettings()},
             slots={"a": SlotSettings(uri=uri)},
-            emulators=(EmulatorSettings(name="new", path=QEMU),),
+            emulators=builds.settings,
         )
         self.has_disks = disks is not None
         self.pull_bytes_per_s = 0
@@ -90,7 +96,7 @@ class Host:
         self.storage_address = Address("127.0.0.1", first_port + 8, first_port + 15)
         self.slot = Slot("a", uri)
         self.hypervisor = Hypervisor([self.slot])
-        self.emulators = Emulators(self.settings.emulators)
+        self.emulators = builds.emulators
         self.threads = ThreadPoolExecutor(4)
         self.handoffs: Handoffs
 
@@ -98,7 +104,6 @@ class Host:
     async def running(self) -> AsyncIterator["Host"]:
         async with self.hypervisor.running():
             assert await self.slot.wait_connected(10)
-            await self.emulators.probe()
             await self.start()
             yield self
             await self.handoffs.close()
@@ -201,8 +206,9 @@ class Move:
 
 
 @pytest.fixture
-async def hosts(libvirtd: str, other_libvirtd: str, tmp_path: Path) -> AsyncIterator[tuple[Host, Host]]:
-    one, two = Host("h1", libvirtd, tmp_path / "1", 49400), Host("h2", other_libvirtd, tmp_path / "2", 49416)
+async def hosts(libvirtd: str, other_libvirtd: str, builds: Builds, tmp_path: Path) -> AsyncIterator[tuple[Host, Host]]:
+    one = Host("h1", libvirtd, builds, tmp_path / "1", 49400)
+    two = Host("h2", other_libvirtd, builds, tmp_path / "2", 49416)
     async with one.running(), two.running():
         yield one, two
 
@@ -223,8 +229,7 @@ async def move(hosts: tuple[Host, Host]) -> AsyncIterator[Move]:
 
     await source.slot.call(define)
     yield Move(f"m-{uuid.uuid4().hex[:8]}", source, target, identity)
-    for host in hosts:
-        await remove_all(host.hypervisor)
+    await remove_all(source.hypervisor, target.hypervisor)
 
 
 async def autostart(host: Host, guest: str) -> int:
@@ -277,6 +282,21 @@ async def test_the_guest_runs_until_the_switch_is_ordered(move: Move) -> None:
     assert move.source.handoffs.get(move.id, SOURCE).state == READY
 
 
+async def test_a_transfer_that_breaks_as_the_switch_is_ordered_stays_failed(
+    move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await move.advance(READY)
+    side = move.source.handoffs.source(move.id, Call.SWITCH_OVER)
+
+    async def breaks(*_: object) -> bool:
+        await side.change(state=FAILED, message="the transfer broke")
+        return True
+
+    monkeypatch.setattr("handoff_agent.source.user_runs_it", breaks)
+    await side.switch_over()
+    assert side.state == FAILED
+
+
 async def test_a_pause_past_its_deadline_ends_with_the_guest_running_here(move: Move) -> None:
     await move.advance(SWITCHING, deadline_s=0.0001)
     failed = await move.until(HELD)
@@ -289,11 +309,7 @@ async def test_a_pause_past_its_deadline_ends_with_the_guest_running_here(move: 
 def frozen(host: Host) -> Iterator[None]:
     """The host's libvirtd does not answer; its QEMUs go on."""
     pid_file = host.slot.uri.partition("socket=")[2].replace("libvirt-sock", "libvirtd.pid")
-    (pid,) = (
-        int(folder.name)
-        for folder in Path("/proc").glob("[0-9]*")
-        if (folder / "cmdline").read_bytes().split(b"\0")[:3] == [b"libvirtd", b"-p", pid_file.encode()]
-    )
+    pid = find_process(lambda words: words[:3] == [b"libvirtd", b"-p", pid_file.encode()])
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -347,15 +363,6 @@ async def test_a_destination_that_is_killed_just_before_it_is_told_to_run_never_
     assert destination.to_message().never_ran
     await move.abort()
     assert await move.is_running(move.source)
-
-
-def incoming_qemu(guest: str) -> int:
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            if guest.encode() in words and b"-incoming" in words:
-                return int(process.name)
-    raise AssertionError(f"no QEMU waits for {guest}")
 
 
 async def test_a_source_that_goes_away_fails_and_says_so(move: Move) -> None:

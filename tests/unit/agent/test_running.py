@@ -64,7 +64,7 @@ async def test_one_that_hangs_holds_nobody_up(slot: Slot) -> None:
     began = time.monotonic()
     await releases.ask(slot, [WEB])
     await releases.ask(slot, [WEB])
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     assert releases.of(WEB) == ""
     assert FakeMonitor.asked == ["web"]
     await releases.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import libvirt
 import pytest
+from builds import Builds
 from one_host import CPR, UNIX, Upgrade, remove, upgrading
 
 from handoff.agent.v1 import qemu_pb2 as pb
@@ -32,8 +33,8 @@ METHODS = pytest.mark.parametrize("method", [UNIX, CPR], ids=["copy", "cpr"])
 
 
 @pytest.fixture
-async def upgrade(libvirtd: str, other_libvirtd: str, tmp_path: Path) -> AsyncIterator[Upgrade]:
-    async with upgrading((libvirtd, other_libvirtd), tmp_path) as found:
+async def upgrade(libvirtd: str, other_libvirtd: str, builds: Builds, tmp_path: Path) -> AsyncIterator[Upgrade]:
+    async with upgrading((libvirtd, other_libvirtd), builds, tmp_path) as found:
         yield found
 
 

@@ -11,7 +11,8 @@ import pytest
 import pytest_asyncio
 from fake_controller import FakeController, Fleet
 
-HANDOFF = Path(sys.executable).parent / "handoff"
+HANDOFF = (str(Path(sys.executable).parent / "handoff"),)
+IMPATIENT = (sys.executable, "-c", "from handoff_cli import failover, main; failover.WRITE_S = 1.0; main.main()")
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Ended:
 class Handoff:
     """The real command, in a process of its own, with an empty home."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, program: tuple[str, ...] = HANDOFF) -> None:
         self.home = home
+        self.program = program
         self.environment = {"HOME": str(home), "PATH": os.environ["PATH"], "TZ": "UTC", "LC_ALL": "C.UTF-8"}
 
     async def start(self, *arguments: str) -> asyncio.subprocess.Process:
@@ -36,7 +38,7 @@ class Handoff:
             # Not by a preexec_fn: that takes a real fork, which gRPC's threads in this process do not survive.
             "env",
             "--default-signal=INT",
-            HANDOFF,
+            *self.program,
             *arguments,
             env=self.environment,
             stdin=asyncio.subprocess.DEVNULL,
@@ -61,6 +63,12 @@ class Handoff:
 @pytest.fixture
 def handoff(tmp_path: Path) -> Handoff:
     return Handoff(tmp_path)
+
+
+@pytest.fixture
+def impatient(tmp_path: Path) -> Handoff:
+    """The same, but a controller has a second to answer a write, not fifteen."""
+    return Handoff(tmp_path, IMPATIENT)
 
 
 @pytest.fixture

@@ -106,10 +106,10 @@ async def test_wait_with_json_prints_the_final_record(
     assert (ended.status, document["state"], len(document["guests"])) == (Exit.OK, "ROLLOUT_STATE_DONE", 3)
 
 
-async def test_an_unanswered_create_is_not_done_twice(handoff: Handoff, start_controller: StartController) -> None:
+async def test_an_unanswered_create_is_not_done_twice(impatient: Handoff, start_controller: StartController) -> None:
     first, second = await start_controller(), await start_controller()
     first.drop_answers = 1
-    ended = await handoff(
+    ended = await impatient(
         *("upgrade", "--host", "h1", "--deadline", "20s", "--controller", f"{first.address},{second.address}")
     )
     assert ended.status == Exit.OK

@@ -195,12 +195,12 @@ async def test_fenced_unasked_after_a_while_if_so_configured(fleet: Fleet) -> No
 
 
 async def test_who_decides_to_wait_is_not_overruled_by_the_fence(fleet: Fleet) -> None:
-    fleet.has_fence_command(automatic_after_s=1.0)
+    fleet.has_fence_command(automatic_after_s=2.0)
     fleet.h2.away_from_activate = {"activate", "watch"}
     async with fleet.led() as conductor:
         await fleet.stands_still(conductor)
         waits = await conductor.recover(recover(DESTINATION))
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(2.5)
         fleet.h2.away_from_activate = set()
         fleet.h2.away = set()
         done = await fleet.ends()

@@ -4,6 +4,7 @@ Management is 10.10.0.0/24. The overlay link carries migration streams, 10.20.0.
 can be set. Storage is 10.50.0.0/24.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -70,12 +71,13 @@ class Fabric:
         commands = []
         if management and f"m-{node.name}" not in existing:
             commands += [
-                f"link add m-{node.name} type veth peer name mgmt0 netns {pid}",
+                f"link add m-{node.name} type veth peer name mgmt0 address {_mac(node, 'mgmt0')} netns {pid}",
                 f"link set m-{node.name} master mgmt up",
             ]
         if overlay and f"o-{node.name}" not in existing:
             commands += [
-                f"link add o-{node.name} mtu {OVERLAY_MTU} type veth peer name ovl0 mtu {OVERLAY_MTU} netns {pid}",
+                f"link add o-{node.name} mtu {OVERLAY_MTU} type veth peer name ovl0 mtu {OVERLAY_MTU}"
+                f" address {_mac(node, 'ovl0')} netns {pid}",
                 f"link set o-{node.name} master overlay up",
             ]
         self._ip(commands)
@@ -86,7 +88,8 @@ class Fabric:
         cable = f"s-{node.name}"
         if cable in existing:
             return False
-        self._ip([f"link add {cable} type veth peer name sto0 netns {pid}", f"link set {cable} master storage up"])
+        peer = f"name sto0 address {_mac(node, 'sto0')} netns {pid}"
+        self._ip([f"link add {cable} type veth peer {peer}", f"link set {cable} master storage up"])
         return True
 
     def cables(self) -> frozenset[str]:
@@ -139,3 +142,9 @@ class Fabric:
         # From outside of the fabric's pid namespace, so that `netns PID` means a pid as we see it.
         if commands:
             self.node.run_in_network(["ip", "-batch", "-"], stdin="\n".join(commands))
+
+
+def _mac(node: Node, interface: str) -> str:
+    """As a machine's own: the same after its power was off, so that its peers find it again at once."""
+    digest = hashlib.sha256(f"{node.name}/{interface}".encode()).digest()[:5]
+    return ":".join(f"{byte:02x}" for byte in (0x02, *digest))

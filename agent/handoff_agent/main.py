@@ -4,6 +4,7 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,7 @@ from handoff_agent.local_sockets import LocalSockets
 from handoff_agent.network.companion import NetworkCompanions
 from handoff_agent.network.knowledge import Store
 from handoff_agent.network.network import Network
+from handoff_agent.network.newcomers import definition_of
 from handoff_agent.ovs_ports import OvsPorts
 from handoff_agent.qemu_service import QemuService
 from handoff_agent.settings import AgentSettings
@@ -76,7 +78,7 @@ async def serve(settings: AgentSettings) -> None:
         changes = HandoffChanges()
         ports = OvsPorts(settings.ovs_database)
         stack.callback(ports.close)
-        network = await stack.enter_async_context(_network(settings, ports)) if settings.network else None
+        network = await stack.enter_async_context(_network(settings, ports, hypervisor)) if settings.network else None
         handoffs = Handoffs(
             hypervisor,
             Departures(hypervisor, inventory, survey, settings.shared_paths),
@@ -111,10 +113,16 @@ async def serve(settings: AgentSettings) -> None:
 
 
 @asynccontextmanager
-async def _network(settings: AgentSettings, ports: OvsPorts) -> AsyncIterator[Network]:
+async def _network(settings: AgentSettings, ports: OvsPorts, hypervisor: Hypervisor) -> AsyncIterator[Network]:
     """The tenants' networks, kept in the bridge for as long as the context lasts; the flows stay."""
     assert settings.network is not None
-    network = Network(settings.network, settings.ovs_database, ports, Store(settings.state_dir))
+    network = Network(
+        settings.network,
+        settings.ovs_database,
+        ports,
+        Store(settings.state_dir),
+        partial(definition_of, hypervisor),
+    )
     await network.open()
     keeper = asyncio.create_task(network.run(), name="network")
     try:

@@ -5,6 +5,7 @@ import gc
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,7 @@ from handoff_agent.local_sockets import LocalSockets
 from handoff_agent.network.companion import NetworkCompanions
 from handoff_agent.network.knowledge import Store
 from handoff_agent.network.network import Network
+from handoff_agent.network.newcomers import definition_of
 from handoff_agent.ovs_ports import OvsPorts
 from handoff_agent.qemu_service import QemuService
 from handoff_agent.settings import AgentSettings
@@ -85,7 +87,7 @@ async def serve(settings: AgentSettings) -> None:
         stack.callback(storage.shutdown, wait=False, cancel_futures=True)
         ports = OvsPorts(settings.ovs_database)
         stack.callback(ports.close)
-        network = await stack.enter_async_context(_network(settings, ports)) if settings.network else None
+        network = await stack.enter_async_context(_network(settings, ports, hypervisor)) if settings.network else None
         handoffs = Handoffs(
             hypervisor,
             Departures(hypervisor, inventory, survey, settings.shared_paths),
@@ -143,10 +145,16 @@ def _storage_settings(settings: AgentSettings) -> StorageSettings:
 
 
 @asynccontextmanager
-async def _network(settings: AgentSettings, ports: OvsPorts) -> AsyncIterator[Network]:
+async def _network(settings: AgentSettings, ports: OvsPorts, hypervisor: Hypervisor) -> AsyncIterator[Network]:
     """The tenants' networks, kept in the bridge for as long as the context lasts; the flows stay."""
     assert settings.network is not None
-    network = Network(settings.network, settings.ovs_database, ports, Store(settings.state_dir))
+    network = Network(
+        settings.network,
+        settings.ovs_database,
+        ports,
+        Store(settings.state_dir),
+        partial(definition_of, hypervisor),
+    )
     await network.open()
     keeper = asyncio.create_task(network.run(), name="network")
     try:

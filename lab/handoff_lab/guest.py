@@ -273,17 +273,28 @@ class Guests:
 
     def wait_ready(self, guest: GuestRecord, deadline_s: float = BOOT_DEADLINE_S) -> None:
         """Waits until the guest's program answers; without a network, until its console says so. Raises LabError."""
+        self._wait(guest, self._has_booted if guest.network == NO_NETWORK else self._answers, deadline_s)
+
+    def wait_booted(self, guest: GuestRecord, deadline_s: float = BOOT_DEADLINE_S) -> None:
+        """Waits until the guest's console says that it is ready, without a frame to it. Raises LabError."""
+        self._wait(guest, self._has_booted, deadline_s)
+
+    def _wait(self, guest: GuestRecord, is_ready: Callable[[GuestRecord], bool], deadline_s: float) -> None:
         until = time.monotonic() + deadline_s
-        log = self.lab.shared / Path(console_log(guest.name)).name
         while time.monotonic() < until:
-            if guest.network == NO_NETWORK:
-                if log.exists() and b"HANDOFF-GUEST READY" in log.read_bytes():
-                    return
-            elif self._answers(guest):
+            if is_ready(guest):
                 return
             time.sleep(0.05)
+        log = self._console(guest)
         text = log.read_text(errors="replace")[-400:] if log.exists() else "no console"
         raise LabError(f"{guest.name} did not answer within {deadline_s:g} s; its console: {text}")
+
+    def _console(self, guest: GuestRecord) -> Path:
+        return self.lab.shared / Path(console_log(guest.name)).name
+
+    def _has_booted(self, guest: GuestRecord) -> bool:
+        log = self._console(guest)
+        return log.exists() and b"HANDOFF-GUEST READY" in log.read_bytes()
 
     def _answers(self, guest: GuestRecord) -> bool:
         host = self.fleet.host(guest.home)

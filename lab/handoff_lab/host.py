@@ -255,7 +255,9 @@ sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv4.conf.all.arp_ignore=1
 sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0
 ip addr replace {MANAGEMENT_NET}.{self.index}/24 dev mgmt0
 ip link set mgmt0 up
-ip link show br-ovl >/dev/null 2>&1 || ip link add br-ovl mtu {OVERLAY_MTU} type bridge
+# Its own after a reboot too, as its cables': the others know it by this for half a minute without asking again.
+ip link show br-ovl >/dev/null 2>&1 ||
+    ip link add br-ovl address 02:00:00:11:00:{self.index:02x} mtu {OVERLAY_MTU} type bridge
 ip link show vtep0 >/dev/null 2>&1 || ip link add vtep0 mtu {OVERLAY_MTU} type veth peer name vtep1 mtu {OVERLAY_MTU}
 ip link set vtep0 master br-ovl up
 ip link set ovl0 master br-ovl up

@@ -1,16 +1,20 @@
 """How soon a guest runs again when the switch breaks, and what an operator may decide when it can't by itself."""
 
 import asyncio
+import json
 import os
 import signal
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
 from moves import CALL_S, OBSERVER, Moves, Subject, order_held_up, qemu_on, story
 
-from handoff.agent.v1.qemu_pb2 import GetHandoffRequest, HandoffRole
+from handoff.agent.v1.qemu_pb2 import GetHandoffRequest, HandoffRole, HandoffState
 from handoff.agent.v1.qemu_pb2_grpc import QemuServiceStub
 from handoff.controller.v1.migrations_pb2 import Migration, RecoverMigrationRequest, RecoveryTarget
 from handoff_common.channel import open_channel
@@ -20,6 +24,7 @@ from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
 from handoff_lab.node import wait_for
 from handoff_lab.probe import TcpSession, UdpProbe
+from soak.clients import AgentSide
 
 pytestmark = pytest.mark.lab
 
@@ -49,6 +54,40 @@ async def recover(
 ) -> Migration:
     request = RecoverMigrationRequest(id=migration.id, target=target, fenced_host=fenced, by="operator@lab")
     return (await moves.api().RecoverMigration(request, timeout=CALL_S)).migration
+
+
+@asynccontextmanager
+async def power_switch(moves: Moves) -> AsyncIterator[Path]:
+    """Controllers whose fence command turns a host off, and ends when it is off; gives the command's log."""
+    fleet = moves.fleet
+    log = fleet.lab.directory / "fenced"
+    script = 'echo "$1" >> "$2"; until [ -e "$2.$1.off" ]; do sleep 0.05; done'
+    command = ["/bin/sh", "-c", script, "fence", "{host}", str(log)]
+    for name in moves.controllers:
+        settings = fleet.node(name).directory / "etc/handoff/controller.toml"
+        settings.write_text(f"{settings.read_text()}\n[fencing]\ncommand = {json.dumps(command)}\n")
+    await restart_controllers(moves)
+    switch = asyncio.create_task(asyncio.to_thread(turn_off_next, fleet, log))
+    try:
+        yield log
+        await switch
+    finally:
+        switch.cancel()
+        # Everything that is off or has other settings than it should.
+        await asyncio.to_thread(fleet.up)
+
+
+def turn_off_next(fleet: Fleet, log: Path) -> None:
+    wait_for(lambda: log.exists() and log.read_text().endswith("\n"), 60, "a word to the power switch")
+    host = log.read_text().strip()
+    fleet.power_off(host)
+    Path(f"{log}.{host}.off").touch()
+
+
+async def restart_controllers(moves: Moves) -> None:
+    daemons = [moves.fleet.daemon(name, "controller") for name in moves.controllers]
+    await asyncio.gather(*(asyncio.to_thread(daemon.restart) for daemon in daemons))
+    await moves.wait_leader()
 
 
 async def test_the_source_runs_within_a_second_of_the_destinations_death_in_the_pause(
@@ -120,3 +159,61 @@ async def test_an_operator_takes_a_committed_guest_back(subject: Subject, fleet:
     async with open_channel(f"unix:{fleet.lab.agent_socket(there)}") as channel:
         request = GetHandoffRequest(migration_id=migration.id, role=HandoffRole.HANDOFF_ROLE_DESTINATION)
         assert (await QemuServiceStub(channel).GetHandoff(request, timeout=CALL_S)).handoff.never_ran
+
+
+async def test_the_fence_command_turns_the_silent_host_off_and_the_source_goes_on(
+    subject: Subject, fleet: Fleet
+) -> None:
+    """Until it is asked for, the guest stays paused, and what to decide is said."""
+    moves, here, there = subject.moves, await subject.host(), await subject.away()
+    async with TcpSession(fleet.node(OBSERVER), subject.record.ip) as session:
+        async with power_switch(moves) as fenced:
+            async with order_held_up(subject, there) as migration:
+                fleet.daemon(there, "agent").signal(signal.SIGKILL)
+            waiting = await moves.asks(migration.id)
+            assert state_of(waiting) is State.COMMITTED
+            assert f"`handoff recover {migration.id} --to source` fences {there}" in waiting.needs_decision
+            seen = await asyncio.to_thread(Guests(fleet).find, subject.name)
+            assert {(one.host, one.state) for one in seen} == {(here, "paused"), (there, "paused")}
+            assert not fenced.exists()
+            await recover(moves, migration, RecoveryTarget.RECOVERY_TARGET_SOURCE)
+            migration = await moves.ends(migration.id)
+            assert fenced.read_text().split() == [there]
+            assert state_of(migration) is State.ABORTED, story(migration)
+            assert migration.recovery.how == f"{there} was fenced by /bin/sh"
+            assert (migration.recovery.fenced_host, migration.recovery.by) == (there, "operator@lab")
+            assert migration.needs_decision == ""
+            assert await subject.host() == here
+        await subject.must_be_at(here)
+    assert session.result().survived, session.result()
+
+
+async def test_a_guest_whose_host_dies_after_the_commit_is_lost_and_its_migration_is_not_failed(
+    subject: Subject, fleet: Fleet
+) -> None:
+    """It ran there before the power went: the copy at its source is of the past, and nobody runs it."""
+    moves, here, there = subject.moves, await subject.host(), await subject.away()
+    agent, etcd = fleet.daemon(there, "agent"), fleet.daemon("etcd1", "etcd")
+    async with order_held_up(subject, there) as migration:
+        agent.signal(signal.SIGSTOP)
+    try:
+        await moves.reaches(migration.id, State.COMMITTED)
+        # It is told to run the guest, and nobody can write down that it does.
+        etcd.signal(signal.SIGSTOP)
+    finally:
+        agent.signal(signal.SIGCONT)
+    try:
+        running = frozenset({HandoffState.HANDOFF_STATE_ACTIVE})
+        await AgentSide(fleet.lab, there).reaches(migration.id, HandoffRole.HANDOFF_ROLE_DESTINATION, running)
+        await asyncio.to_thread(fleet.power_off, there)
+    finally:
+        etcd.signal(signal.SIGCONT)
+    await asyncio.to_thread(fleet.up)
+    migration = await moves.ends(migration.id)
+    assert (state_of(migration), migration.error) == (State.DONE, ""), story(migration)
+    assert (migration.loss.host, migration.loss.certain) == (there, True)
+    assert migration.loss.reason == f"{subject.name} ran on {there}, and its QEMU ended there"
+    guest = await moves.guest(subject.name)
+    assert (guest.owner.host, guest.loss.reason) == (there, migration.loss.reason)
+    seen = await asyncio.to_thread(Guests(fleet).find, subject.name)
+    assert [one for one in seen if one.state == "running" or one.host == here] == []

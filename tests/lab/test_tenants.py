@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 import pytest
 from moves import CALL_S, OBSERVER, Moves, Subject, qemu_on, story
@@ -21,7 +22,7 @@ from handoff_lab.fleet import Fleet
 from handoff_lab.gateway import NAME as GATEWAY
 from handoff_lab.guest import Guests
 from handoff_lab.netns import NetNamespace
-from handoff_lab.networks import BLUE, RED
+from handoff_lab.networks import BLUE, RED, TENANT
 from handoff_lab.probe import ECHO_PORT, TcpSession, UdpProbe
 
 pytestmark = pytest.mark.lab
@@ -31,6 +32,8 @@ SWITCH_DEADLINE_S = 1
 INTERVAL_MS = 4
 TRIES = 30
 BESIDE_S = 0.1
+ALL_PROTOCOLS = 3
+LOUD_S = 0.005
 
 
 @pytest.fixture
@@ -50,6 +53,12 @@ async def place_on(fleet: Fleet, host: str, mac: str) -> tuple[str, int]:
     ports = (await network_of(fleet, host)).ports
     [view] = [view for view in ports if (view.port.mac, view.port.tunnel) == (mac, RED.tunnel)]
     return view.frames_go_to, view.handoff
+
+
+async def tap_of(fleet: Fleet, host: str, mac: str) -> str:
+    """The interface of a port of tenant red; empty as long as the host does not know it."""
+    ports = (await network_of(fleet, host)).ports
+    return next((view.interface for view in ports if (view.port.mac, view.port.tunnel) == (mac, RED.tunnel)), "")
 
 
 async def ovs(fleet: Fleet, host: str, *command: str) -> str:
@@ -167,6 +176,74 @@ async def forged(fleet: Fleet, host: str) -> int:
     lines = await ovs(fleet, host, "ovs-ofctl", "-O", "OpenFlow14", "dump-flows", "br-int", f"table=200,{OURS}")
     [last] = [line for line in lines.splitlines() if "priority=0 actions=drop" in line]
     return int(last.partition("n_packets=")[2].partition(",")[0])
+
+
+@dataclass
+class SiteTraffic:
+    """What the site's own network sends to everybody, and what of a guest's it gets to see."""
+
+    sent: int = 0
+    sources: set[str] = field(default_factory=set)
+
+    async def run(self, wire: socket.socket) -> None:
+        everybody = bytes.fromhex("ffffffffffff02000000ffff88b5").ljust(60, b"\0")
+        while True:
+            await asyncio.sleep(LOUD_S)
+            wire.send(everybody)
+            self.sent += 1
+            try:
+                while frame := wire.recv(2000):
+                    self.sources.add(frame[6:12].hex(":"))
+            except BlockingIOError:
+                continue
+
+
+@asynccontextmanager
+async def loud_site(fleet: Fleet, host: str) -> AsyncIterator[SiteTraffic]:
+    """Broadcasts into the site's network of a host, which hears all that NORMAL floods."""
+    with (
+        NetNamespace.of(fleet.node(host)) as network,
+        network.socket(socket.AF_PACKET, socket.SOCK_RAW) as wire,
+    ):
+        wire.bind((TENANT.interface, ALL_PROTOCOLS))
+        wire.setblocking(False)
+        traffic = SiteTraffic()
+        running = asyncio.create_task(traffic.run(wire))
+        try:
+            yield traffic
+        finally:
+            running.cancel()
+            await asyncio.wait({running})
+
+
+async def test_a_new_guest_is_its_tenants_before_it_runs_and_whoever_leads(
+    guests: Guests, moves: Moves, fleet: Fleet
+) -> None:
+    """No leader has told of it: its definition has. It hears nothing of the site, and the site nothing of it."""
+    controllers = [fleet.daemon(name, "controller") for name in moves.controllers]
+    async with loud_site(fleet, "h1") as traffic:
+        for controller in controllers:
+            controller.signal(signal.SIGSTOP)
+        try:
+            record = await asyncio.to_thread(
+                guests.create, "red-new", "h1", 128, disks=(), network=RED.name, wait=False
+            )
+            async with asyncio.timeout(SWITCH_DEADLINE_S):
+                while not (tap := await tap_of(fleet, "h1", record.mac)):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        finally:
+            for controller in controllers:
+                controller.signal(signal.SIGCONT)
+        sent = traffic.sent
+        await asyncio.to_thread(guests.wait_booted, record)
+        read = int(await ovs(fleet, "h1", "cat", f"/sys/class/net/{tap}/statistics/tx_packets"))
+        await asyncio.to_thread(guests.wait_ready, record)
+        assert await answers(fleet, "h1", record.ip, RED.interface)
+    print(f"{sent} frames of the site's while it was created, {traffic.sent} until it answered; it read {read}")
+    assert sent > 10
+    assert record.mac not in traffic.sources
+    assert read < 10
+    assert (await moves.known("red-new")).owner.host == "h1"
 
 
 async def test_an_agent_that_dies_cuts_nobody_off_and_a_switch_that_does_is_filled_again(

@@ -32,7 +32,7 @@ class Wishes(Protocol):
         """The bridge's ports have changed, or it is time to look again."""
 
     def wanted(self, tunnels: Iterable[int] | None = None) -> Flows:
-        """The flows of these tenants; of all, and what they share, without an argument."""
+        """The flows of these tenants, of all without an argument, and what they share."""
 
 
 class Bridge:

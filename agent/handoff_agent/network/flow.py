@@ -108,6 +108,8 @@ class Flow:
     priority: int
     match: Match
     actions: tuple[Action, ...] = ()
+    lifetime_s: int = 0
+    """The switch forgets it after so long; 0: never."""
 
 
 def mac_number(mac: str) -> int:

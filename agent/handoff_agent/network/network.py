@@ -1,5 +1,8 @@
 """The tenants' networks on this host: what the leader told, what handoffs make of it, and which taps there are.
 
+A guest whose port the leader has not told of is its tenant's by its own definition; until that is read, it may send
+nothing.
+
 Everything that changes this knowledge ends in the bridge. A change that makes a guest reachable, or keeps frames from
 one that is paused, waits for the bridge and fails without it; one that takes something away is kept, and done when the
 bridge is there again.
@@ -19,16 +22,18 @@ import structlog
 from handoff_agent.network.bridge import Bridge, Flows
 from handoff_agent.network.flow import Output
 from handoff_agent.network.knowledge import Moves, Store, Told
+from handoff_agent.network.newcomers import DOUBT_S, Definition, Newcomers, admitted
 from handoff_agent.network.pipeline import NOBODYS_FRAME, Port, Tap, Tunnel, common_flows, scout, tenant_flows
 from handoff_agent.network.taps import Taps
 from handoff_agent.network.treatment import HERE, Attachment, Key, Situation, treat
-from handoff_agent.ovs_ports import OvsPorts
+from handoff_agent.ovs_ports import GuestPort, OvsPorts
 from handoff_agent.settings import NetworkSettings
 from handoff_common.errors import DeadlineError, HandoffError, PreconditionError
 
 log = structlog.get_logger()
 
 TAPS_TIMEOUT_S: Final = 5.0
+SETTLE_TIMEOUT_S: Final = 5.0
 _COMMON: Final = 0
 
 T = TypeVar("T")
@@ -49,7 +54,9 @@ class PortNow:
 class Network:
     """Use it on the asyncio loop only; `run` it as a task."""
 
-    def __init__(self, settings: NetworkSettings, database: str, ovs_ports: OvsPorts, store: Store) -> None:
+    def __init__(
+        self, settings: NetworkSettings, database: str, ovs_ports: OvsPorts, store: Store, definition: Definition
+    ) -> None:
         """`database`: Open vSwitch's, as ovs-vsctl names it."""
         self.settings = settings
         self.told = Told()
@@ -61,6 +68,7 @@ class Network:
         self._leaving: dict[str, str] = {}
         self.bridge = Bridge(settings.management_socket(), self)
         self._taps = Taps(settings, database, ovs_ports, self.bridge)
+        self._newcomers = Newcomers(definition, self._on_definition)
 
     async def open(self) -> None:
         """Reads what was kept."""
@@ -71,7 +79,9 @@ class Network:
 
     async def run(self) -> None:
         """Keeps the bridge as it should be, for ever."""
-        await self.bridge.run()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._newcomers.run(), name="newcomers")
+            group.create_task(self.bridge.run(), name="bridge")
 
     async def close(self) -> None:
         """Takes no more; what was begun to be written is."""
@@ -200,20 +210,37 @@ class Network:
     # What the bridge asks.
 
     async def look(self) -> None:
-        """Finds the taps of the ports that are here."""
-        if await self._taps.find(self._all().values(), self._coming):
+        """Finds the taps of the ports that are here, and closes new ones.
+
+        What is there when the bridge is connected to is not cut off: it is learnt first whose it is.
+        """
+        is_first = not self.bridge.connected
+        changed = await self._taps.find(self._all().values(), self._coming)
+        new = self._newcomers.see(self._taps.plugged, are_new=not is_first)
+        if is_first and new:
+            await self._newcomers.settle(SETTLE_TIMEOUT_S)
+            self._index()
+            changed |= self._taps.match(self._all().values(), self._coming)
+        elif new:
+            await self._put_if_there({each.key.tunnel for port in new for each in self._attachments_of(port)})
+        await self._taps.keep_from_site(
+            [port.name for port in self._taps.plugged if self._is_closed_tenants(port)], self._newcomers.is_fresh
+        )
+        if changed:
             await self._save_moves()
 
     def wanted(self, tunnels: Iterable[int] | None = None) -> Flows:
-        """The flows that the bridge should have."""
+        """The flows that the bridge should have, and those that all share in any case: a port that opens or closes
+        does so at once.
+        """
         tunnel_port = self.bridge.numbers.get(self.settings.tunnel_port)
         chosen = self._tenants if tunnels is None else {tunnel: self._tenants.get(tunnel, {}) for tunnel in tunnels}
         flows = {
             tunnel: tenant_flows([self._treat(each) for _, each in sorted(ports.items())], tunnel_port)
             for tunnel, ports in chosen.items()
         }
+        flows[_COMMON] = common_flows(tunnel_port, self._closed())
         if tunnels is None:
-            flows[_COMMON] = common_flows(tunnel_port)
             # Of tenants that have gone.
             return {**dict.fromkeys(self.bridge.tenants() - set(flows), frozenset()), **flows}
         return flows
@@ -247,7 +274,8 @@ class Network:
         guests: dict[str, list[Attachment]] = {}
         told = {each.key for each in self.told.attachments}
         untold = (each for ports in self._coming.values() for each in ports if each.key not in told)
-        for each in (*self.told.attachments, *untold):
+        recorded = (*self.told.attachments, *untold)
+        for each in (*recorded, *admitted(recorded, self._newcomers.claims())):
             self._tenants.setdefault(each.key.tunnel, {})[each.key] = each
             if each.domain_uuid:
                 guests.setdefault(each.domain_uuid, []).append(each)
@@ -260,6 +288,31 @@ class Network:
             leaves_for=self._leaving.get(attachment.domain_uuid),
         )
         return treat(attachment, situation)
+
+    def _closed(self) -> dict[int, int]:
+        """Guests' ports that may send nothing, by number, and for how many seconds; 0: until that changes."""
+        closed = {}
+        for port in self._taps.plugged:
+            if self._is_closed_tenants(port):
+                closed[self.bridge.numbers.get(port.name, 0)] = 0
+            elif not self._attachments_of(port) and self._newcomers.is_in_doubt(port.name):
+                closed[self.bridge.numbers.get(port.name, 0)] = DOUBT_S
+        closed.pop(0, None)
+        return closed
+
+    def _is_closed_tenants(self, port: GuestPort) -> bool:
+        """It is a tenant's, but not to be used: now, or because another has its MAC or address."""
+        number, attachments = self.bridge.numbers.get(port.name), self._attachments_of(port)
+        if attachments:
+            return not any(number in self._treat(each).senders for each in attachments)
+        return self._newcomers.is_claimed(port.name)
+
+    def _attachments_of(self, port: GuestPort) -> list[Attachment]:
+        return [each for each in self._guests.get(port.domain_uuid, ()) if each.key.mac == port.mac]
+
+    def _on_definition(self) -> None:
+        self._index()
+        self.bridge.look_again()
 
     def _tunnels_of(self, uuid: str) -> set[int]:
         return {each.key.tunnel for each in self._guests.get(uuid, ())}

@@ -120,7 +120,8 @@ def bundle_add(xid: int, bundle: int, inner: bytes) -> bytes:
 
 def add_flow(xid: int, flow: Flow) -> bytes:
     """Adds a flow, with its cookie; one of the same table, priority and match is replaced."""
-    fixed = _FLOW_MOD.pack(cookie(flow), 0, flow.table, 0, 0, 0, flow.priority, _NO_BUFFER, _ANY, _ANY, 0, 0)
+    timeouts = (0, flow.lifetime_s)
+    fixed = _FLOW_MOD.pack(cookie(flow), 0, flow.table, 0, *timeouts, flow.priority, _NO_BUFFER, _ANY, _ANY, 0, 0)
     return message(Type.FLOW_MOD, xid, fixed + _match(flow.match) + _instructions(flow.actions))
 
 
@@ -151,6 +152,8 @@ def ask_ports(xid: int) -> bytes:
 def cookie(flow: Flow) -> int:
     """The flow's cookie: our mark, and a digest of all that the flow is. Equal cookies are equal flows."""
     content = struct.pack("!BH", flow.table, flow.priority) + _match(flow.match) + _instructions(flow.actions)
+    if flow.lifetime_s:
+        content += struct.pack("!H", flow.lifetime_s)
     return COOKIE_OWNER | int.from_bytes(blake2b(content, digest_size=6).digest())
 
 

@@ -3,6 +3,7 @@
     table 0    classifier   in_port=TAP               tenant := tunnel id            -> 200
                             in_port=TUNNEL, tun_id=T                                 -> 203
                             in_port=TUNNEL            drop
+                            in_port=TAP, closed       drop
                             (everything else is the site's)
     table 200  guard        a frame of the port's own MAC and addresses, untagged    -> 201
     table 201  ARP          a broadcast request for a known address is answered, else  -> 202
@@ -15,10 +16,11 @@ with a VLAN tag that only its new tap takes: the other taps at the destination h
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
+from types import MappingProxyType
 from typing import Final, TypeAlias
 
 from handoff_agent.network.flow import (
@@ -58,6 +60,8 @@ _SPECIAL, _USUAL, _LAST = 300, 200, 100
 
 # To a MAC that no port has, of the type for local experiments (IEEE 802): the other host drops it.
 NOBODYS_FRAME: Final = bytes.fromhex("02000000000002000000000188b5").ljust(60, b"\0")
+
+NONE_CLOSED: Final[Mapping[int, int]] = MappingProxyType({})
 
 _UDP: Final = 17
 _DHCP_CLIENT, _DHCP_SERVER = 68, 67
@@ -111,12 +115,18 @@ class Port:
         return bool(self.senders) or self.from_tunnels is not None or self.marked is not None
 
 
-def common_flows(tunnel_port: int | None) -> frozenset[Flow]:
-    """What all tenants share. `tunnel_port`: OpenFlow number of the port to the other hosts, if there is one."""
+def common_flows(tunnel_port: int | None, closed: Mapping[int, int] = NONE_CLOSED) -> frozenset[Flow]:
+    """What all tenants share. `tunnel_port`: OpenFlow number of the port to the other hosts, if there is one.
+
+    `closed`: numbers of guests' ports that may send nothing, with the seconds for which that holds; 0: for ever.
+    """
     # So that what is dropped is counted.
     dropped = {Flow(table, 0, ()) for table in (GUARD, FROM_PORTS, FROM_TUNNELS)}
     if tunnel_port is not None:
         dropped.add(Flow(CLASSIFIER, OTHERS_PRIORITY, (Is(Field.IN_PORT, tunnel_port),)))
+    for number, lifetime_s in closed.items():
+        # The priority of a port that is open: one takes the place of the other.
+        dropped.add(Flow(CLASSIFIER, CLASSIFIER_PRIORITY, (Is(Field.IN_PORT, number),), lifetime_s=lifetime_s))
     return frozenset({*dropped, Flow(ARP, 0, (), (Goto(FROM_PORTS),))})
 
 

@@ -30,6 +30,14 @@ def lengthen_queue(tap: str) -> None:
     Path("/sys/class/net", tap, "tx_queue_len").write_text(f"{TAP_QUEUE_PACKETS}\n")
 
 
+def empty_queue(tap: str) -> None:
+    """Throws away what waits in a tap: the kernel drops what a shorter queue does not hold. Raises OSError."""
+    length = Path("/sys/class/net", tap, "tx_queue_len")
+    usual = length.read_text()
+    length.write_text("0\n")
+    length.write_text(usual)
+
+
 def frames_read(tap: str) -> int:
     """How many frames QEMU has read from a tap: the kernel counts them only then. Raises OSError."""
     return int(Path("/sys/class/net", tap, "statistics/tx_packets").read_text())

@@ -1,7 +1,7 @@
 """Which interfaces on the bridge are the tenants' ports, and what is done to each of them once."""
 
 import asyncio
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final
 
 import structlog
@@ -34,6 +34,8 @@ class Taps:
         self._taps: dict[Key, str] = {}
         self._new_taps: dict[Key, str] = {}
         self._kept_from_flooding: dict[str, tuple[int, int]] = {}
+        self.plugged: tuple[GuestPort, ...] = ()
+        """Guests' ports that the bridge has."""
 
     def bind(self, bound: Mapping[str, str]) -> None:
         """Goes on from what `bound` gave to an earlier life of the agent."""
@@ -107,9 +109,44 @@ class Taps:
         except HandoffError as error:
             log.warning("taps are as they were last seen", error=error.message)
             return False
-        changed = self._match(plugged, attachments, coming)
-        await self._keep_from_flooding()
-        return changed
+        self.plugged = tuple(
+            port for port in plugged if port.bridge == self._settings.bridge and port.name in self._bridge.numbers
+        )
+        return self.match(attachments, coming)
+
+    def match(self, attachments: Collection[Attachment], coming: Collection[str]) -> bool:
+        """As `find`, without looking again at what is plugged in."""
+        candidates: dict[tuple[str, str], list[str]] = {}
+        for port in sorted(self.plugged, key=lambda port: port.ofport):
+            candidates.setdefault((port.domain_uuid, port.mac), []).append(port.name)
+        before, self._taps, self._new_taps = self._taps, {}, {}
+        for each in attachments:
+            found = candidates.get((each.domain_uuid, each.key.mac), ())
+            tap, new_tap = names(each, found, before.get(each.key, ""), comes=each.domain_uuid in coming)
+            self._taps.update({each.key: tap} if tap else {})
+            self._new_taps.update({each.key: new_tap} if new_tap else {})
+        return self._taps != before
+
+    async def keep_from_site(self, closed: Collection[str], fresh: Callable[[str], bool]) -> None:
+        """Has the site's floods leave the tenants' ports alone, those too that are `closed`.
+
+        Once a port and connection: a switch that starts again has forgotten it. What has come into one that is `fresh`
+        until then is thrown away.
+        """
+        numbers = self._bridge.numbers
+        self._kept_from_flooding = {name: mark for name, mark in self._kept_from_flooding.items() if name in numbers}
+        for name in {self._settings.tunnel_port, *self._taps.values(), *self._new_taps.values(), *closed}:
+            number = self._bridge.numbers.get(name)
+            if number is None or (mark := (self._bridge.connections, number)) == self._kept_from_flooding.get(name):
+                continue
+            try:
+                await plumbing.keep_from_flooding(self._settings.management_socket(), name)
+            except HandoffError as error:
+                log.warning("the site's floods reach a tenant's port", port=name, error=error.message)
+                continue
+            if name not in self._kept_from_flooding and fresh(name):
+                _empty(name)
+            self._kept_from_flooding[name] = mark
 
     def lengthen_queues(self, keys: Iterable[Key]) -> None:
         """Lets new taps keep more for a guest that does not run yet. Blocking, for a moment."""
@@ -123,21 +160,6 @@ class Taps:
         number = self._bridge.numbers.get(name)
         return None if number is None else Tap(number)
 
-    def _match(
-        self, plugged: Sequence[GuestPort], attachments: Collection[Attachment], coming: Collection[str]
-    ) -> bool:
-        candidates: dict[tuple[str, str], list[str]] = {}
-        for port in sorted(plugged, key=lambda port: port.ofport):
-            if port.bridge == self._settings.bridge and port.name in self._bridge.numbers:
-                candidates.setdefault((port.domain_uuid, port.mac), []).append(port.name)
-        before, self._taps, self._new_taps = self._taps, {}, {}
-        for each in attachments:
-            found = candidates.get((each.domain_uuid, each.key.mac), ())
-            tap, new_tap = names(each, found, before.get(each.key, ""), comes=each.domain_uuid in coming)
-            self._taps.update({each.key: tap} if tap else {})
-            self._new_taps.update({each.key: new_tap} if new_tap else {})
-        return self._taps != before
-
     async def _make_tunnel_port(self) -> None:
         settings = self._settings
         try:
@@ -147,14 +169,9 @@ class Taps:
         except HandoffError as error:
             log.warning("no port to the other hosts", error=error.message)
 
-    async def _keep_from_flooding(self) -> None:
-        """Once a port and connection: a switch that starts again has forgotten it."""
-        for name in {self._settings.tunnel_port, *self._taps.values(), *self._new_taps.values()}:
-            number = self._bridge.numbers.get(name)
-            if number is None or (mark := (self._bridge.connections, number)) == self._kept_from_flooding.get(name):
-                continue
-            try:
-                await plumbing.keep_from_flooding(self._settings.management_socket(), name)
-                self._kept_from_flooding[name] = mark
-            except HandoffError as error:
-                log.warning("the site's floods reach a tenant's port", port=name, error=error.message)
+
+def _empty(tap: str) -> None:
+    try:
+        plumbing.empty_queue(tap)
+    except OSError as error:
+        log.warning("what the site has sent may wait in a tenant's tap", tap=tap, error=str(error))

@@ -16,6 +16,7 @@ from handoff_agent.network.connection import OpenFlowConnection
 from handoff_agent.network.flow import Flow
 from handoff_agent.network.knowledge import Moves, Store, Told
 from handoff_agent.network.network import Network
+from handoff_agent.network.newcomers import Definition
 from handoff_agent.network.treatment import HERE, Attachment, Key
 from handoff_agent.ovs_ports import OvsPorts
 from handoff_agent.settings import NetworkSettings
@@ -31,12 +32,17 @@ ELSEWHERE = replace(GUEST, location="10.21.0.3")
 WAIT_S = 10.0
 
 
+async def no_tenants(_uuid: str) -> tuple[Attachment, ...]:
+    """The definitions of guests that name no ports."""
+    return ()
+
+
 @asynccontextmanager
-async def running(switch: DummySwitch, state: Path) -> AsyncIterator[Network]:
+async def running(switch: DummySwitch, state: Path, definition: Definition = no_tenants) -> AsyncIterator[Network]:
     """One life of an agent's network."""
     settings = NetworkSettings(tunnel_address=IPv4Address("10.21.0.1"), openflow=switch.management)
     ports = OvsPorts(switch.database)
-    network = Network(settings, switch.database, ports, Store(state))
+    network = Network(settings, switch.database, ports, Store(state), definition)
     await network.open()
     keeper = asyncio.create_task(network.run())
     try:

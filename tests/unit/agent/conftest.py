@@ -1,39 +1,10 @@
-"""A real libvirtd of the tests' own, in a private mount namespace."""
+"""What all tests of the agent share: libvirtds and QEMU builds."""
 
-import subprocess
-import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
 
-import libvirt
 import pytest
 from builds import Builds
-
-from handoff_agent.events import start_libvirt_loop
-
-LIBVIRTD_CONF = """
-host_uuid = "{host_uuid}"
-auth_unix_rw = "none"
-log_outputs = "2:file:{root}/log/libvirtd.log"
-"""
-QEMU_CONF = """
-user = "root"
-group = "root"
-security_driver = "none"
-cgroup_controllers = []
-namespaces = []
-stdio_handler = "file"
-remember_owner = 0
-"""
-BINDS = {
-    "run": "/run/libvirt",
-    "etc": "/etc/libvirt",
-    "lib": "/var/lib/libvirt",
-    "log": "/var/log/libvirt",
-    "cache": "/var/cache/libvirt",
-}
+from libvirtds import running_libvirtd
 
 
 @pytest.fixture(scope="session")
@@ -54,39 +25,3 @@ def other_libvirtd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 async def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
     """One set for all tests: to probe a build whose path is new takes longer than a whole handoff."""
     return await Builds.probed(tmp_path_factory.mktemp("builds"))
-
-
-@contextmanager
-def running_libvirtd(root: Path) -> Iterator[str]:
-    for name in BINDS:
-        (root / name).mkdir()
-    (root / "etc" / "libvirtd.conf").write_text(LIBVIRTD_CONF.format(host_uuid=uuid.uuid4(), root=root))
-    (root / "etc" / "qemu.conf").write_text(QEMU_CONF)
-    binds = "\n".join(f"mkdir -p {target}; mount --bind {root}/{name} {target}" for name, target in BINDS.items())
-    # bash as PID 1 reaps QEMU at once; libvirt waits for that, and the machine's own init may be slow.
-    script = f"set -e; mount --make-rprivate /\n{binds}\nlibvirtd -p {root}/run/libvirtd.pid & wait $!"
-    daemon = subprocess.Popen(
-        ["unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc", "bash", "-c", script], stdin=subprocess.DEVNULL
-    )
-    socket = root / "run" / "libvirt-sock"
-    uri = f"qemu+unix:///system?socket={socket}"
-    try:
-        deadline = time.monotonic() + 30
-        while not socket.exists() and time.monotonic() < deadline:
-            assert daemon.poll() is None, "libvirtd ended"
-            time.sleep(0.05)
-        start_libvirt_loop()
-        yield uri
-        with suppress(libvirt.libvirtError):  # a test has killed it
-            _destroy_all(uri)
-    finally:
-        daemon.kill()  # its namespace ends with it
-        daemon.wait(20)
-
-
-def _destroy_all(uri: str) -> None:
-    connection = libvirt.open(uri)
-    for domain in connection.listAllDomains():
-        with suppress(libvirt.libvirtError):  # it may be ending by itself
-            domain.destroy()
-    connection.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import libvirt
 import pytest
-from conftest import running_libvirtd
+from libvirtds import running_libvirtd
 
 from handoff_agent import slots
 from handoff_agent.events import ConnectionEvent

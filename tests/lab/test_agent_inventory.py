@@ -152,12 +152,3 @@ async def test_a_guest_that_can_go_is_told_where_it_can_not(fleet: Fleet, guests
     without_bridge = changed()
     without_bridge.domain.interfaces[0].source = "br-none"
     assert "host h3 has no bridge or network br-none" in await prepare(fleet, "h3", without_bridge)
-
-
-async def test_a_guest_with_a_local_disk_stays(fleet: Fleet, guests: Guests) -> None:
-    record = await asyncio.to_thread(guests.create, "settled", "h2", disks=BOTH, wait=False)
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await source_guest(fleet, record)
-    assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert f"disk vdb is a local file ({record.disks[1].path})" in (raised.value.details() or "")
-    assert "vda" not in (raised.value.details() or "")

@@ -81,7 +81,7 @@ async def watch(client: EtcdClient, key: str, start_revision: int) -> AsyncGener
                     if response.events:
                         next_revision = max(next_revision, response.events[-1].kv.mod_revision + 1)
         except grpc.aio.AioRpcError as error:
-            if not may_pass(error):
+            if not may_pass(error) and not _is_cut(error):
                 raise from_rpc_error(error, client.name) from error
         except TimeoutError:
             log.info("etcd watch silent, taking another member", key=key, silent_s=SILENCE_S)
@@ -105,6 +105,11 @@ async def follow(client: EtcdClient, prefix: str) -> AsyncGenerator[dict[str, Ke
                 case Resync():
                     known = {item.key: item for item in change.items}
             yield dict(known)
+
+
+def _is_cut(error: grpc.aio.AioRpcError) -> bool:
+    """The stream broke as it was written to: grpc.aio then has no status of etcd's, and makes one up."""
+    return error.code() is grpc.StatusCode.INTERNAL and (error.details() or "") == "Internal error from Core"
 
 
 async def _responses(client: EtcdClient, key: str, start_revision: int) -> AsyncGenerator[rpc_pb2.WatchResponse, None]:

@@ -2,6 +2,8 @@ import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
 
+import grpc
+import grpc.aio
 import pytest
 from etcd_cluster import EtcdCluster, until
 
@@ -49,6 +51,27 @@ async def test_nothing_lost_with_the_member_it_is_on(
         assert written.succeeded or written.uncertain
     changes = await asyncio.wait_for(watching, 10)
     assert [change.item.key for change in changes if isinstance(change, Put)] == keys
+
+
+class CutAtOnce:
+    """A call whose stream breaks as it is written to, as grpc.aio tells it."""
+
+    async def write(self, _request: object) -> None:
+        nothing = grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, nothing, nothing, "Internal error from Core")
+
+    def cancel(self) -> bool:
+        return True
+
+
+async def test_a_stream_that_breaks_as_it_is_opened_is_opened_again(
+    client: EtcdClient, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revision = (await client.txn([], [put(prefix + "a", b"1")])).revision
+    real, cut = client.watch_stub.Watch, [CutAtOnce()]
+    monkeypatch.setattr(client.watch_stub, "Watch", lambda **options: cut.pop() if cut else real(**options))
+    (change,) = await asyncio.wait_for(take(client, prefix, revision, 1), 5)
+    assert isinstance(change, Put)
 
 
 async def test_resync_after_compaction(cluster: EtcdCluster, client: EtcdClient, prefix: str) -> None:

@@ -11,7 +11,7 @@ bridge is there again.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from handoff_agent.network.taps import Taps
 from handoff_agent.network.treatment import HERE, Attachment, Key, Situation, treat
 from handoff_agent.ovs_ports import GuestPort, OvsPorts
 from handoff_agent.settings import NetworkSettings
-from handoff_common.errors import DeadlineError, HandoffError, PreconditionError
+from handoff_common.errors import DeadlineError, ExhaustedError, HandoffError, PreconditionError
 
 log = structlog.get_logger()
 
@@ -66,6 +66,7 @@ class Network:
         self._guests: dict[str, tuple[Attachment, ...]] = {}
         self._coming: dict[str, tuple[Attachment, ...]] = {}
         self._leaving: dict[str, str] = {}
+        self._unsaved: set[Callable[[], Awaitable[None]]] = set()
         self.bridge = Bridge(settings.management_socket(), self)
         self._taps = Taps(settings, database, ovs_ports, self.bridge)
         self._newcomers = Newcomers(definition, self._on_definition)
@@ -92,22 +93,23 @@ class Network:
     async def tell(self, told: Told) -> bool:
         """Keeps the leader's word, and tells whether the bridge has it. PreconditionError for what is not the newest.
 
-        A guest that comes is here once the leader says so.
+        A guest that comes is here once the leader says so. A disk that takes nothing holds no frame up: what is not
+        written is tried again at every look.
         """
         if (told.term, told.generation) < (self.told.term, self.told.generation):
             raise PreconditionError(
                 f"generation {told.generation} of term {told.term} is over: generation {self.told.generation} of term"
                 f" {self.told.term} has been told"
             )
-        if told != self.told:
-            await self._on_disk(partial(self._store.save_told, told))
-        before = set(self._tenants)
+        before, is_new = set(self._tenants), told != self.told
         self.told = told
         here = {each.domain_uuid for each in told.attachments if each.location == HERE}
         for uuid in here & set(self._coming):
             if not self._is_upgrade(uuid):
                 del self._coming[uuid]
         self._index()
+        if is_new:
+            await self._keep(self._save_told)
         await self.look()
         return await self._put_if_there(before | set(self._tenants))
 
@@ -227,7 +229,9 @@ class Network:
             [port.name for port in self._taps.plugged if self._is_closed_tenants(port)], self._newcomers.is_fresh
         )
         if changed:
-            await self._save_moves()
+            self._unsaved.add(self._save_moves)
+        for save in tuple(self._unsaved):
+            await self._keep(save)
 
     def wanted(self, tunnels: Iterable[int] | None = None) -> Flows:
         """The flows that the bridge should have, and those that all share in any case: a port that opens or closes
@@ -345,7 +349,7 @@ class Network:
         tunnels = self._tunnels_of(uuid)
         self._index()
         await self._put_if_there(tunnels)
-        await self._save_moves()
+        await self._keep(self._save_moves)
         self.bridge.look_again()
 
     async def _put_if_there(self, tunnels: Iterable[int]) -> bool:
@@ -361,9 +365,29 @@ class Network:
         return await asyncio.get_running_loop().run_in_executor(self._disk, work)
 
     async def _save_moves(self) -> None:
+        """Raises ExhaustedError when the disk does not take it."""
         moves = Moves(dict(self._coming), dict(self._leaving), self._taps.bound())
-        with contextlib.suppress(RuntimeError):  # the agent ends
-            await self._on_disk(partial(self._store.save_moves, moves))
+        await self._save(partial(self._store.save_moves, moves))
+
+    async def _save_told(self) -> None:
+        """Raises as `_save_moves` does."""
+        await self._save(partial(self._store.save_told, self.told))
+
+    async def _save(self, write: Callable[[], None]) -> None:
+        try:
+            with contextlib.suppress(RuntimeError):  # the agent ends
+                await self._on_disk(write)
+        except OSError as error:
+            raise ExhaustedError(f"the agent's state_dir can't be written to: {error.strerror or error}") from error
+
+    async def _keep(self, save: Callable[[], Awaitable[None]]) -> None:
+        """Writes what is true already, now or at one of the next looks."""
+        self._unsaved.discard(save)
+        try:
+            await save()
+        except ExhaustedError as error:
+            self._unsaved.add(save)
+            log.warning("what an agent that is restarted must know of the network is not kept", error=error.message)
 
 
 def _place_name(port: Port, interfaces: Mapping[int, str]) -> str:

@@ -1,6 +1,7 @@
 """The network of one host, from what it is told and what moves, to the flows of a real switch."""
 
 import asyncio
+import errno
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from dummy_switch import BRIDGE, DummySwitch
 
-from handoff_agent.network import bridge, network
+from handoff_agent.network import bridge, knowledge, network
 from handoff_agent.network.connection import OpenFlowConnection
 from handoff_agent.network.flow import Flow
 from handoff_agent.network.knowledge import Moves, Store, Told
@@ -20,7 +21,7 @@ from handoff_agent.network.newcomers import Definition
 from handoff_agent.network.treatment import HERE, Attachment, Key
 from handoff_agent.ovs_ports import OvsPorts
 from handoff_agent.settings import NetworkSettings
-from handoff_common.errors import DeadlineError, PreconditionError, UnavailableError
+from handoff_common.errors import DeadlineError, ExhaustedError, PreconditionError, UnavailableError
 
 GUEST = Attachment(
     Key(1001, "52:54:00:30:00:0a"), ("10.30.0.10",), domain_uuid="0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0", name="web"
@@ -250,6 +251,50 @@ async def test_an_upgrade_goes_from_tap_to_tap(switch: DummySwitch, tmp_path: Pa
         await here.gone(GUEST.domain_uuid)
         assert place_of(here) == "vnet1"
         assert here.ports()[0].interface == "vnet1"
+
+
+async def test_a_full_disk_stops_no_traffic_and_is_made_up_for(
+    switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        with monkeypatch.context() as patched:
+            patched.setattr(knowledge, "replace_file", full)
+            assert await here.tell(told(GUEST, PEER))
+            assert place_of(here) == "vnet0"
+            plug(switch, "vnet1")
+            await until(lambda: "vnet1" in here.bridge.numbers)
+            await here.look()
+            assert here.bridge.connected
+            with pytest.raises(ExhaustedError, match="can't be written to: No space left"):
+                await here.leave(GUEST.domain_uuid, "10.21.0.3")
+            await here.stay(GUEST.domain_uuid)
+            assert place_of(here) == "vnet0"
+            assert Store(tmp_path).load() == (Told(), Moves())
+        await here.look()
+        taps = {"1001/52:54:00:30:00:0a": "vnet0"}
+        assert Store(tmp_path).load() == (told(GUEST, PEER), Moves(taps=taps))
+
+
+async def test_a_bug_leaves_nobody_without_a_bridge(
+    switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "CHECK_EVERY_S", 0.1)
+
+    async def fails(_self: Network) -> None:
+        raise KeyError("a bug")
+
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST))
+        with monkeypatch.context() as patched:
+            patched.setattr(Network, "look", fails)
+            await until(lambda: "a bug" in here.bridge.message)
+        await until(lambda: here.bridge.connected and not here.bridge.message)
+        assert place_of(here) == "vnet0"
 
 
 async def test_a_port_that_is_no_guests_is_found_by_its_name(switch: DummySwitch, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ bridge is there again.
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -248,6 +248,12 @@ class Network:
             # Of tenants that have gone.
             return {**dict.fromkeys(self.bridge.tenants() - set(flows), frozenset()), **flows}
         return flows
+
+    async def only_these_leave(self, uuids: Collection[str]) -> None:
+        """Only these guests leave: what was kept of others is of handoffs that somebody has removed by hand."""
+        for uuid in set(self._leaving) - set(uuids):
+            log.warning("a guest's frames are its own again: nothing is known of its handoff", guest=uuid)
+            await self.stay(uuid)
 
     # What people ask.
 

@@ -253,6 +253,20 @@ async def test_an_upgrade_goes_from_tap_to_tap(switch: DummySwitch, tmp_path: Pa
         assert here.ports()[0].interface == "vnet1"
 
 
+async def test_frames_go_on_only_for_handoffs_that_there_are(switch: DummySwitch, tmp_path: Path) -> None:
+    """An operator has removed the record of one, and runs the guest again by hand."""
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST, PEER))
+        await here.leave(GUEST.domain_uuid, "10.21.0.3")
+    async with running(switch, tmp_path) as here:
+        await here.only_these_leave({GUEST.domain_uuid, PEER.domain_uuid})
+        assert place_of(here) == "10.21.0.3"
+        await here.only_these_leave({PEER.domain_uuid})
+        assert place_of(here) == "vnet0"
+    assert Store(tmp_path).load()[1].leaving == {}
+
+
 async def test_a_full_disk_stops_no_traffic_and_is_made_up_for(
     switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

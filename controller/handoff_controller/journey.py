@@ -79,6 +79,11 @@ class Journey:
         self._is_fresh = True
         return handoff
 
+    async def see_source(self) -> Handoff:
+        """The source's side as its agent tells it. Raises what Agent.watch raises."""
+        async with aclosing(self.source.watch(self.migration.id, SOURCE)) as states:
+            return await anext(states)
+
     def since_heard_s(self) -> float:
         """How long ago the destination's agent was last seen by us, or may have been by another leader."""
         return asyncio.get_running_loop().time() - self._heard_at

@@ -28,7 +28,7 @@ from handoff_agent.network.taps import Taps
 from handoff_agent.network.treatment import HERE, Attachment, Key, Situation, treat
 from handoff_agent.ovs_ports import GuestPort, OvsPorts
 from handoff_agent.settings import NetworkSettings
-from handoff_common.errors import DeadlineError, ExhaustedError, HandoffError, PreconditionError
+from handoff_common.errors import DeadlineError, HandoffError, PreconditionError
 
 log = structlog.get_logger()
 
@@ -181,7 +181,7 @@ class Network:
     async def leave(self, uuid: str, destination: str) -> None:
         """It is paused; as `redirect`, and known to the agent's next life, too."""
         await self.redirect(uuid, destination)
-        await self._save_moves()
+        await self._keep(self._save_moves)
 
     async def stay(self, uuid: str) -> None:
         """It runs here again: its frames are its own again."""
@@ -348,7 +348,7 @@ class Network:
                 if all(self._taps.new(each.key) is not None for each in ports):
                     break
                 await changed.wait()
-        await self._save_moves()
+        await self._keep(self._save_moves)
         await self._on_disk(partial(self._taps.lengthen_queues, [each.key for each in ports]))
 
     async def _settle(self, uuid: str) -> None:
@@ -371,29 +371,21 @@ class Network:
         return await asyncio.get_running_loop().run_in_executor(self._disk, work)
 
     async def _save_moves(self) -> None:
-        """Raises ExhaustedError when the disk does not take it."""
         moves = Moves(dict(self._coming), dict(self._leaving), self._taps.bound())
-        await self._save(partial(self._store.save_moves, moves))
+        await self._on_disk(partial(self._store.save_moves, moves))
 
     async def _save_told(self) -> None:
-        """Raises as `_save_moves` does."""
-        await self._save(partial(self._store.save_told, self.told))
-
-    async def _save(self, write: Callable[[], None]) -> None:
-        try:
-            with contextlib.suppress(RuntimeError):  # the agent ends
-                await self._on_disk(write)
-        except OSError as error:
-            raise ExhaustedError(f"the agent's state_dir can't be written to: {error.strerror or error}") from error
+        await self._on_disk(partial(self._store.save_told, self.told))
 
     async def _keep(self, save: Callable[[], Awaitable[None]]) -> None:
-        """Writes what is true already, now or at one of the next looks."""
+        """Writes what is true already. What the disk does not take now is tried again at the next looks."""
         self._unsaved.discard(save)
         try:
-            await save()
-        except ExhaustedError as error:
+            with contextlib.suppress(RuntimeError):  # the agent ends
+                await save()
+        except OSError as error:
             self._unsaved.add(save)
-            log.warning("what an agent that is restarted must know of the network is not kept", error=error.message)
+            log.warning("an agent that is restarted now does not know all of the network", error=str(error))
 
 
 def _place_name(port: Port, interfaces: Mapping[int, str]) -> str:

@@ -8,11 +8,16 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from dummy_switch import BRIDGE, DummySwitch
 
+from handoff_agent.handoff import Handoff
+from handoff_agent.ledger import Record
 from handoff_agent.network import bridge, knowledge, network
+from handoff_agent.network.companion import LeavingPorts
 from handoff_agent.network.connection import OpenFlowConnection
 from handoff_agent.network.flow import Flow
 from handoff_agent.network.knowledge import Moves, Store, Told
@@ -20,8 +25,9 @@ from handoff_agent.network.network import Network
 from handoff_agent.network.newcomers import Definition
 from handoff_agent.network.treatment import HERE, Attachment, Key
 from handoff_agent.ovs_ports import OvsPorts
+from handoff_agent.rules import HELD, SOURCE
 from handoff_agent.settings import NetworkSettings
-from handoff_common.errors import DeadlineError, ExhaustedError, PreconditionError, UnavailableError
+from handoff_common.errors import DeadlineError, PreconditionError, UnavailableError
 
 GUEST = Attachment(
     Key(1001, "52:54:00:30:00:0a"), ("10.30.0.10",), domain_uuid="0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0", name="web"
@@ -141,6 +147,20 @@ async def test_a_switch_that_was_restarted_gets_its_flows_back(switch: DummySwit
         switch.start()
         await until(lambda: here.bridge.connected and here.bridge.flows == flows)
         assert len(switch.flows("cookie=0x48ff000000000000/0xffff000000000000")) == flows
+
+
+async def test_a_switch_that_restarts_in_the_pause_sends_on_again(switch: DummySwitch, tmp_path: Path) -> None:
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST, PEER))
+        await here.leave(GUEST.domain_uuid, "10.21.0.3")
+        before = switch.flows()
+        switch.kill()
+        await until(lambda: not here.bridge.connected)
+        switch.start()
+        await until(lambda: here.bridge.connected)
+        assert switch.flows() == before
+        assert deliveries(switch)["203"] == "set_field:10.21.0.3->tun_dst,IN_PORT"
 
 
 async def test_a_flow_that_somebody_deleted_comes_back(
@@ -267,6 +287,19 @@ async def test_frames_go_on_only_for_handoffs_that_there_are(switch: DummySwitch
     assert Store(tmp_path).load()[1].leaving == {}
 
 
+async def test_a_held_guests_frames_go_on_by_its_handoffs_record_alone(switch: DummySwitch, tmp_path: Path) -> None:
+    """Its agent died on a full disk: nothing else is known of it."""
+    record = Record("m1", SOURCE, HELD, domain_uuid=GUEST.domain_uuid, tunnel_address="10.21.0.3")
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST, PEER))
+        ports = LeavingPorts(here, cast(Handoff, SimpleNamespace(record=record)))
+        await ports.held_again()
+        assert place_of(here) == "10.21.0.3"
+        await ports.back()
+        assert place_of(here) == "vnet0"
+
+
 async def test_a_full_disk_stops_no_traffic_and_is_made_up_for(
     switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,14 +316,12 @@ async def test_a_full_disk_stops_no_traffic_and_is_made_up_for(
             await until(lambda: "vnet1" in here.bridge.numbers)
             await here.look()
             assert here.bridge.connected
-            with pytest.raises(ExhaustedError, match="can't be written to: No space left"):
-                await here.leave(GUEST.domain_uuid, "10.21.0.3")
-            await here.stay(GUEST.domain_uuid)
-            assert place_of(here) == "vnet0"
+            await here.leave(GUEST.domain_uuid, "10.21.0.3")
+            assert place_of(here) == "10.21.0.3"
             assert Store(tmp_path).load() == (Told(), Moves())
         await here.look()
-        taps = {"1001/52:54:00:30:00:0a": "vnet0"}
-        assert Store(tmp_path).load() == (told(GUEST, PEER), Moves(taps=taps))
+        moves = Moves(leaving={GUEST.domain_uuid: "10.21.0.3"}, taps={"1001/52:54:00:30:00:0a": "vnet0"})
+        assert Store(tmp_path).load() == (told(GUEST, PEER), moves)
 
 
 async def test_a_bug_leaves_nobody_without_a_bridge(

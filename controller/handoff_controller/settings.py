@@ -60,8 +60,8 @@ class FencingSettings(Settings):
 
     @model_validator(mode="after")
     def _names_the_host(self) -> Self:
-        if self.command and not any("{host}" in word for word in self.command[1:]):
-            raise ValueError("fencing.command: {host} is in none of its arguments: it can't know what to turn off")
+        if self.command and not any("{host}" in word for word in self.command):
+            raise ValueError("fencing.command: {host} is in none of its words: it can't know what to turn off")
         return self
 
 

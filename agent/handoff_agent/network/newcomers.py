@@ -159,9 +159,9 @@ class Newcomers:
                 try:
                     async with self._at_once:
                         ports = await self._definition(uuid)
-                except HandoffError as error:
-                    if error.message != problem:
-                        problem = error.message
+                except Exception as error:  # noqa: BLE001 - the other guests' ports must not suffer from a bug
+                    if (why := _why(error)) != problem:
+                        problem = why
                         log.warning("it is not known whose a guest's ports are", guest=uuid, error=problem)
                     await asyncio.sleep(ASK_AGAIN_S)
                     continue
@@ -190,6 +190,12 @@ def admitted(recorded: Collection[Attachment], claims: Sequence[Attachment]) -> 
         addresses |= own
         found.append(claim)
     return found
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, HandoffError):
+        return error.message
+    return f"{type(error).__name__}: {error}; this is a bug in the agent"
 
 
 def _now() -> float:

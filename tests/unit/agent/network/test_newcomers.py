@@ -124,6 +124,19 @@ async def test_a_libvirt_that_does_not_answer_keeps_nobody_for_ever(
         await until(lambda: "202" in deliveries(switch))
 
 
+async def test_a_guest_that_cannot_be_understood_is_nobody_elses_trouble(switch: DummySwitch, tmp_path: Path) -> None:
+    async def definition(uuid: str) -> tuple[Attachment, ...]:
+        if uuid == OTHER.domain_uuid:
+            raise ValueError("what is this?")
+        return (GUEST,)
+
+    async with running(switch, tmp_path, definition) as here:
+        await asyncio.to_thread(switch.plug, "vnet3", OTHER.domain_uuid, "52:54:00:30:00:77")
+        await until(lambda: "vnet3" in here.bridge.numbers)
+        number = await plugged(switch, here.bridge.numbers)
+        await until(lambda: classified(switch, number) == OPEN)
+
+
 async def test_what_was_there_before_the_agent_is_not_cut_off(
     switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

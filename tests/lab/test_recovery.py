@@ -191,16 +191,20 @@ async def test_the_fence_command_turns_the_silent_host_off_and_the_source_goes_o
 async def knows_that_it_runs(host: Host, migration: Migration) -> None:
     """Until the agent there has that on disk: before, it could not tell after a reboot whether the guest ever ran."""
     record = host.directory / "agent" / "handoffs" / f"{migration.id}.destination.json"
-    async with asyncio.timeout(CALL_S):
-        while json.loads(record.read_text())["state"] != HandoffState.HANDOFF_STATE_ACTIVE:
-            await asyncio.sleep(0.01)
+
+    def runs() -> bool:
+        return bool(json.loads(record.read_text())["state"] == HandoffState.HANDOFF_STATE_ACTIVE)
+
+    await asyncio.to_thread(wait_for, runs, CALL_S, "the agent's record that the guest runs")
 
 
 async def test_a_guest_whose_host_dies_after_the_commit_is_lost_and_its_migration_is_not_failed(
-    subject: Subject, fleet: Fleet
+    moves: Moves, fleet: Fleet
 ) -> None:
     """It ran there before the power went: the copy at its source is of the past, and nobody runs it."""
-    moves, here, there = subject.moves, await subject.host(), await subject.away()
+    # A name of its own: the record of a lost guest stays.
+    subject = await Subject.create(moves, "doomed", "h1")
+    here, there = await subject.host(), await subject.away()
     agent, etcd = fleet.daemon(there, "agent"), fleet.daemon("etcd1", "etcd")
     async with order_held_up(subject, there) as migration:
         agent.signal(signal.SIGSTOP)

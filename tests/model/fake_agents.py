@@ -12,7 +12,7 @@ from handoff.agent.v1.host_pb2 import Host, WatchEventsResponse
 from handoff.agent.v1.types_pb2 import Domain, Fence
 from handoff.storage.v1.access_pb2 import Volume
 from handoff_agent.rules import Role
-from handoff_common.errors import NotFoundError, UnavailableError
+from handoff_common.errors import NotFoundError, PreconditionError, UnavailableError
 
 STORAGE = "storage"
 
@@ -140,21 +140,31 @@ class FakeAgents:
 class FakeVolumes:
     """As volumes.Volumes: the access list of the guest's one network volume."""
 
-    def __init__(self, guest: Guest, network: Network) -> None:
+    def __init__(self, guest: Guest, network: Network, *, forgets: bool) -> None:
+        """`forgets`: a seeded bug, it takes requests in the order in which they arrive."""
+        self._forgets = forgets
         self._guest = guest
         self._network = network
 
-    async def grant(self, volume: Volume, host: str) -> None:
+    async def grant(self, volume: Volume, host: str, revision: int) -> None:
         async def grant() -> None:
+            self._note(host, revision)
             self._guest.admitted.add(host)
 
         await self._network.order(STORAGE, grant)
 
-    async def revoke(self, volume: Volume, host: str) -> None:
+    async def revoke(self, volume: Volume, host: str, revision: int) -> None:
         async def revoke() -> None:
+            self._note(host, revision)
             self._guest.shut_out(host)
 
         await self._network.order(STORAGE, revoke)
 
     async def close(self) -> None:
         """Nothing is held."""
+
+    def _note(self, host: str, revision: int) -> None:
+        latest = self._guest.revisions.get(host, 0)
+        if revision < latest and not self._forgets:
+            raise PreconditionError(f"revision {revision} comes after {latest}")
+        self._guest.revisions[host] = max(revision, latest)

@@ -33,6 +33,8 @@ class Guest:
     """Hosts with images of the local disk that need nothing else."""
     admitted: set[str]
     """Hosts that may open the volume."""
+    revisions: dict[str, int] = field(default_factory=dict)
+    """For each host the last request about that, as the storage knows it."""
     lacking: set[str] = field(default_factory=set)
     """Hosts with images that need those of the other host."""
     violations: list[str] = field(default_factory=list)

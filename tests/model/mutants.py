@@ -107,6 +107,7 @@ IN_THE_PULL = AT_THE_COMMIT + 3
 
 HELD_FOR_LONG = Trouble(AT_THE_COMMIT, Kind.LATE, 0.0, 0.0)
 FAST = Plan(pull_s=5.0)
+LATE_REVOKE = Plan((Trouble(17, Kind.LATE, 0.0, 3.0),), rounds=2, copy_s=10.0)
 
 # Each with a part of what brings it to light; the search adds the rest.
 MUTANTS: dict[str, tuple[Mutant, Plan]] = {
@@ -152,6 +153,7 @@ MUTANTS: dict[str, tuple[Mutant, Plan]] = {
         Mutant(fences=False),
         replace(FAST, troubles=(Trouble(IN_THE_PULL, Kind.DESTINATION_CUT, 0.003, 40.0),)),
     ),
+    "a storage that takes requests as they arrive": (Mutant(storage_forgets=True), LATE_REVOKE),
     "a volume left to a destination that was aborted": (Mutant(driver=ForgetsTheVolumeOfTheAborted), Plan()),
 }
 

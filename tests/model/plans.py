@@ -93,6 +93,8 @@ class Mutant:
     compares_revisions: bool = True
     compares_leader: bool = True
     driver: type[Driver] = Driver
+    storage_forgets: bool = False
+    """It carries out what comes late."""
     fences: bool = True
     """False: the fence command says that the host is off, and does nothing."""
 

@@ -91,6 +91,7 @@ class World:
         for host in self.hosts.values():
             host.bugs = mutant.agents
             host.copy_s, host.pull_s = plan.copy_s, plan.pull_s
+        self.volumes = FakeVolumes(self.guest, self.network, forgets=mutant.storage_forgets)
         self.conductor: Conductor
         self.cancelled: list[int] = []
         self._plan = plan
@@ -388,7 +389,7 @@ def play(plan: Plan, mutant: Mutant | None = None) -> Verdict:
         patch.object(forward, "datetime", VirtualDatetime),
         patch.object(standstill, "datetime", VirtualDatetime),
         patch.object(undo, "datetime", VirtualDatetime),
-        patch.object(conductor_module, "Volumes", lambda _: FakeVolumes(worlds[-1].guest, worlds[-1].network)),
+        patch.object(conductor_module, "Volumes", lambda _: worlds[-1].volumes),
         patch.object(conductor_module, "Driver", mutant.driver),
         patch.object(conductor_module, "FenceCommand", lambda _: FakeFencing(worlds[-1])),
     ):

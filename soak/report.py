@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -40,13 +40,15 @@ def recovery_ms(results: Mapping[str, Result]) -> dict[str, float]:
     return {
         fault.name: max(after)
         for fault in deaths
-        if (after := [_outage_ms(results, Cell(moment, fault)) for moment in STANDS_STILL])
+        if (after := list(_outages_ms(results, [Cell(moment, fault).name for moment in STANDS_STILL])))
     }
 
 
-def _outage_ms(results: Mapping[str, Result], cell: Cell) -> float:
-    result = results.get(cell.name)
-    return (result.outage_ms or 0.0) if result is not None else 0.0
+def _outages_ms(results: Mapping[str, Result], cells: Iterable[str]) -> Iterator[float]:
+    """Of those that were run, and whose guest came back."""
+    for cell in cells:
+        if cell in results and (outage_ms := results[cell].outage_ms) is not None:
+            yield outage_ms
 
 
 def table(results: Mapping[str, Result]) -> str:

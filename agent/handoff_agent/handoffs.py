@@ -148,6 +148,11 @@ class Handoffs:
             "",
         )
 
+    def leaving(self) -> frozenset[str]:
+        """The guests, by UUID, that may leave: their source's side has not ended."""
+        records = [handoff.record for handoff in self._handoffs.values() if handoff.state not in FINAL_STATES]
+        return frozenset(record.domain_uuid for record in records if record.role == SOURCE)
+
     # Beginning and ending.
 
     async def prepare_source(

@@ -115,6 +115,8 @@ async def serve(settings: AgentSettings) -> None:
         )
         await handoffs.open()
         stack.push_async_callback(handoffs.close)
+        if network is not None:
+            await network.only_these_leave(handoffs.leaving())
         qemu = QemuService(inventory, handoffs)
         host = HostService(settings, hypervisor, emulators, inventory, changes, lambda: handoffs.term)
         server = Server(SERVICES)

@@ -17,7 +17,7 @@ from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_common.errors import HandoffError, InvalidArgumentError, PreconditionError, UnavailableError
 from handoff_controller.decisions import TO_SOURCE, Asked, Decision, Decisions, is_pulled
 from handoff_controller.fencing import Fencing
-from handoff_controller.journey import DESTINATION, SOURCE, Journey, StepFailed
+from handoff_controller.journey import DESTINATION, Journey, StepFailed
 from handoff_controller.machine import Event, State
 
 PROGRESS_INTERVAL_S: Final = 1.0
@@ -161,13 +161,8 @@ class ArrivingDisks:
 
     async def _see_source(self) -> Handoff | None:
         """The source's side; None when its agent can't be reached."""
-
-        async def see() -> Handoff:
-            async with aclosing(self._way.source.watch(self._way.migration.id, SOURCE)) as states:
-                return await anext(states)
-
         try:
-            return await self._way.insist(see, LOOK_S)
+            return await self._way.insist(self._way.see_source, LOOK_S)
         except StepFailed:
             return None
 

@@ -1,7 +1,7 @@
 """One migration on its way, as the steps of its driver share it: its record, its two agents, and patience with them."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from datetime import datetime
 from typing import Protocol, TypeVar
@@ -73,11 +73,14 @@ class Journey:
 
     async def see_destination(self) -> Handoff:
         """The destination's side as its agent tells it. Raises what Agent.watch raises."""
-        async with aclosing(self.destination.watch(self.migration.id, DESTINATION)) as states:
-            handoff = await anext(states)
+        handoff = await _first(self.destination.watch(self.migration.id, DESTINATION), self.at_destination)
         self._heard_clock_ms, self._heard_at = handoff.clock_ms, asyncio.get_running_loop().time()
         self._is_fresh = True
         return handoff
+
+    async def see_source(self) -> Handoff:
+        """The source's side as its agent tells it. Raises what Agent.watch raises."""
+        return await _first(self.source.watch(self.migration.id, SOURCE), self.at_source)
 
     def since_heard_s(self) -> float:
         """How long ago the destination's agent was last seen by us, or may have been by another leader."""
@@ -159,3 +162,11 @@ class Journey:
         except StepFailed as failure:
             self.warn(f"{what} on {host} has not been done: {failure}. It is done when the host's agent is back")
             return None
+
+
+async def _first(watch: AsyncGenerator[Handoff, None], host: str) -> Handoff:
+    """How a side is now. Raises what the watch raises, UnavailableError when it ends without a word."""
+    async with aclosing(watch) as states:
+        async for handoff in states:
+            return handoff
+    raise UnavailableError(f"agent of {host} ended the watch")

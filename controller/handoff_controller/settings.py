@@ -58,6 +58,12 @@ class FencingSettings(Settings):
         description="fence without being asked when a committed guest's host has been silent for so long; 0: never",
     )
 
+    @model_validator(mode="after")
+    def _names_the_host(self) -> Self:
+        if self.command and not any("{host}" in word for word in self.command):
+            raise ValueError("fencing.command: {host} is in none of its words: it can't know what to turn off")
+        return self
+
 
 class RetentionSettings(Settings):
     """How long migrations that have ended are remembered. The newest `count` are, and those younger than `age_s`."""

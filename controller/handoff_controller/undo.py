@@ -6,11 +6,12 @@ from handoff.agent.v1.qemu_pb2 import Handoff, HandoffState
 from handoff_common.errors import PreconditionError
 from handoff_controller.decisions import TO_SOURCE, Asked, Decision, Decisions
 from handoff_controller.fencing import Fencing
-from handoff_controller.journey import DESTINATION, SOURCE, Journey, StepFailed
+from handoff_controller.journey import DESTINATION, SOURCE, TRANSIENT, Journey, StepFailed
 from handoff_controller.machine import is_taken_back
 
 DECISION_AFTER_S = 10.0
 DESTINATION_PATIENCE_S = 30.0
+LOOK_S = 4.0
 # Of a host that is off nothing is expected.
 FENCED_PATIENCE_S = 0.0
 
@@ -86,6 +87,11 @@ class Undo:
                 f"migration {migration.id} is being undone and waits for {here}. If {here} is off for good,"
                 f" {migration.guest_name} is lost with it: say --i-have-fenced {here} --accept-loss"
             )
+        if await self._answers():
+            raise PreconditionError(
+                f"{here} is not off: its agent answers, and is being told to run {migration.guest_name}. Look again in"
+                f" a moment; if it can't, turn {here} off first"
+            )
         if decision.fenced_host:
             how = f"{here} is fenced, by the word of {decision.by}"
         else:
@@ -93,6 +99,14 @@ class Undo:
         migration.recovery.CopyFrom(decision.recovery(fenced_host=here, how=how))
         reason = f"{how} while {migration.guest_name} was to run on there"
         self._way.lose(here, reason, certain=True, since=datetime.now(UTC))
+
+    async def _answers(self) -> bool:
+        """The source's agent does."""
+        try:
+            await self._way.insist(self._way.see_source, LOOK_S)
+        except StepFailed as failure:
+            return not isinstance(failure.__cause__, TRANSIENT)
+        return True
 
     def _sentence(self, failure: str) -> str:
         migration, here = self._way.migration, self._way.at_source

@@ -86,6 +86,8 @@ class Bridge:
                 await self._serve()
             except HandoffError as error:
                 self._note(error.message)
+            except Exception as error:  # noqa: BLE001 - tenants must not be left to themselves by a bug
+                self._note(f"{type(error).__name__}: {error}; this is a bug in the agent")
             await asyncio.sleep(RECONNECT_S)
 
     async def put(self, tunnels: Iterable[int]) -> None:

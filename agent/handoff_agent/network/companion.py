@@ -51,6 +51,10 @@ class LeavingPorts(SourceCompanion):
         if (destination := self._destination()) is not None:
             await self._network.leave(self._handoff.record.domain_uuid, destination)
 
+    async def held_again(self) -> None:
+        """What an earlier life of the agent could not keep for this one."""
+        await self.paused()
+
     async def back(self) -> None:
         """They are its own again."""
         await self._network.stay(self._handoff.record.domain_uuid)

@@ -6,7 +6,8 @@
       </handoff:network>
     </metadata>
 
-A port for each interface, by its MAC; one without an address may use any.
+A port for each interface, by its MAC; one without an address may use any. One that is written wrongly is nobody's: its
+interface is a tenant's, and must not be the site's.
 """
 
 import re
@@ -22,20 +23,28 @@ log = structlog.get_logger()
 
 NAMESPACE: Final = "https://handoff.example/network/1"
 LARGEST_TUNNEL: Final = (1 << 24) - 1
+NO_TUNNEL: Final = 0
+"""Of a port whose tenant can't be read."""
 _MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
 
 def read_ports(root: etree._Element) -> tuple[Attachment, ...]:
-    """The ports of a <domain>, here. One that is written wrongly is left out, and logged: its interface has none."""
+    """The ports of a <domain>, here, without those that are written wrongly."""
+    return tuple(port for port in read_claims(root) if port.key.tunnel != NO_TUNNEL)
+
+
+def read_claims(root: etree._Element) -> tuple[Attachment, ...]:
+    """As `read_ports`, with those that are written wrongly, if only their MAC is known; they are logged."""
     uuid, name = root.findtext("uuid", "").strip().lower(), root.findtext("name", "")
     found = []
     for element in root.iterfind(f"metadata/{{{NAMESPACE}}}network/{{{NAMESPACE}}}port"):
+        mac = element.get("mac", "")
         try:
-            found.append(
-                make_attachment(element.get("mac", ""), element.get("tunnel", ""), element.get("ip", ""), uuid, name)
-            )
+            found.append(make_attachment(mac, element.get("tunnel", ""), element.get("ip", ""), uuid, name))
         except ValueError as error:
-            log.warning("a port in a guest's metadata is left out", guest=name, error=str(error))
+            log.warning("a port in a guest's metadata is wrong: nothing passes by it", guest=name, error=str(error))
+            if _MAC.fullmatch(mac.lower()):
+                found.append(Attachment(Key(NO_TUNNEL, mac.lower()), domain_uuid=uuid, name=name))
     return tuple(found)
 
 

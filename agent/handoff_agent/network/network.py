@@ -11,7 +11,7 @@ bridge is there again.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -66,6 +66,7 @@ class Network:
         self._guests: dict[str, tuple[Attachment, ...]] = {}
         self._coming: dict[str, tuple[Attachment, ...]] = {}
         self._leaving: dict[str, str] = {}
+        self._unsaved: set[Callable[[], Awaitable[None]]] = set()
         self.bridge = Bridge(settings.management_socket(), self)
         self._taps = Taps(settings, database, ovs_ports, self.bridge)
         self._newcomers = Newcomers(definition, self._on_definition)
@@ -92,22 +93,23 @@ class Network:
     async def tell(self, told: Told) -> bool:
         """Keeps the leader's word, and tells whether the bridge has it. PreconditionError for what is not the newest.
 
-        A guest that comes is here once the leader says so.
+        A guest that comes is here once the leader says so. A disk that takes nothing holds no frame up: what is not
+        written is tried again at every look.
         """
         if (told.term, told.generation) < (self.told.term, self.told.generation):
             raise PreconditionError(
                 f"generation {told.generation} of term {told.term} is over: generation {self.told.generation} of term"
                 f" {self.told.term} has been told"
             )
-        if told != self.told:
-            await self._on_disk(partial(self._store.save_told, told))
-        before = set(self._tenants)
+        before, is_new = set(self._tenants), told != self.told
         self.told = told
         here = {each.domain_uuid for each in told.attachments if each.location == HERE}
         for uuid in here & set(self._coming):
             if not self._is_upgrade(uuid):
                 del self._coming[uuid]
         self._index()
+        if is_new:
+            await self._keep(self._save_told)
         await self.look()
         return await self._put_if_there(before | set(self._tenants))
 
@@ -179,7 +181,7 @@ class Network:
     async def leave(self, uuid: str, destination: str) -> None:
         """It is paused; as `redirect`, and known to the agent's next life, too."""
         await self.redirect(uuid, destination)
-        await self._save_moves()
+        await self._keep(self._save_moves)
 
     async def stay(self, uuid: str) -> None:
         """It runs here again: its frames are its own again."""
@@ -227,7 +229,9 @@ class Network:
             [port.name for port in self._taps.plugged if self._is_closed_tenants(port)], self._newcomers.is_fresh
         )
         if changed:
-            await self._save_moves()
+            self._unsaved.add(self._save_moves)
+        for save in tuple(self._unsaved):
+            await self._keep(save)
 
     def wanted(self, tunnels: Iterable[int] | None = None) -> Flows:
         """The flows that the bridge should have, and those that all share in any case: a port that opens or closes
@@ -244,6 +248,12 @@ class Network:
             # Of tenants that have gone.
             return {**dict.fromkeys(self.bridge.tenants() - set(flows), frozenset()), **flows}
         return flows
+
+    async def only_these_leave(self, uuids: Collection[str]) -> None:
+        """Only these guests leave: what was kept of others is of handoffs that somebody has removed by hand."""
+        for uuid in set(self._leaving) - set(uuids):
+            log.warning("a guest's frames are its own again: nothing is known of its handoff", guest=uuid)
+            await self.stay(uuid)
 
     # What people ask.
 
@@ -338,14 +348,14 @@ class Network:
                 if all(self._taps.new(each.key) is not None for each in ports):
                     break
                 await changed.wait()
-        await self._save_moves()
+        await self._keep(self._save_moves)
         await self._on_disk(partial(self._taps.lengthen_queues, [each.key for each in ports]))
 
     async def _settle(self, uuid: str) -> None:
         tunnels = self._tunnels_of(uuid)
         self._index()
         await self._put_if_there(tunnels)
-        await self._save_moves()
+        await self._keep(self._save_moves)
         self.bridge.look_again()
 
     async def _put_if_there(self, tunnels: Iterable[int]) -> bool:
@@ -362,8 +372,20 @@ class Network:
 
     async def _save_moves(self) -> None:
         moves = Moves(dict(self._coming), dict(self._leaving), self._taps.bound())
-        with contextlib.suppress(RuntimeError):  # the agent ends
-            await self._on_disk(partial(self._store.save_moves, moves))
+        await self._on_disk(partial(self._store.save_moves, moves))
+
+    async def _save_told(self) -> None:
+        await self._on_disk(partial(self._store.save_told, self.told))
+
+    async def _keep(self, save: Callable[[], Awaitable[None]]) -> None:
+        """Writes what is true already. What the disk does not take now is tried again at the next looks."""
+        self._unsaved.discard(save)
+        try:
+            with contextlib.suppress(RuntimeError):  # the agent ends
+                await save()
+        except OSError as error:
+            self._unsaved.add(save)
+            log.warning("an agent that is restarted now does not know all of the network", error=str(error))
 
 
 def _place_name(port: Port, interfaces: Mapping[int, str]) -> str:

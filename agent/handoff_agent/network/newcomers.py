@@ -1,6 +1,7 @@
 """Guests' ports of which the leader has not told yet: whose they are by the guests' own definitions.
 
     plugged in ── in doubt: takes nothing from the guest ──┬── its definition names the port ── its tenant's
+                                                           ├── it names it wrongly           ── nobody's: closed
                                                            ├── it does not                   ── the site's
                                                            └── no answer for DOUBT_S         ── the site's, so far
 
@@ -17,7 +18,7 @@ import libvirt
 import structlog
 
 from handoff_agent.guests import parse_domain
-from handoff_agent.network.metadata import read_ports
+from handoff_agent.network.metadata import NO_TUNNEL, read_claims
 from handoff_agent.network.treatment import Attachment
 from handoff_agent.ovs_ports import GuestPort
 from handoff_agent.slots import Hypervisor, Slot
@@ -32,7 +33,7 @@ ASK_AGAIN_S: Final = 1.0
 AT_ONCE: Final = 2
 
 Definition: TypeAlias = Callable[[str], Awaitable[tuple[Attachment, ...]]]
-"""The tenants' ports of the guest with this UUID, by its definition; none for a guest that there is not.
+"""The tenants' ports of the guest with this UUID, as `read_claims` gives them; none for a guest that there is not.
 
 Raises HandoffError while that can't be known.
 """
@@ -56,7 +57,7 @@ async def definition_of(hypervisor: Hypervisor, uuid: str) -> tuple[Attachment, 
             case _:
                 found.append(answer)
     if found:
-        return read_ports(parse_domain(max(found)[1]))
+        return read_claims(parse_domain(max(found)[1]))
     if silent is not None:
         raise silent
     return ()
@@ -109,7 +110,8 @@ class Newcomers:
 
     def claims(self) -> list[Attachment]:
         """What the guests' definitions say of them, the oldest port first."""
-        return [sight.claim for sight in self._sights.values() if sight.claim is not None]
+        claims = (sight.claim for sight in self._sights.values() if sight.claim is not None)
+        return [claim for claim in claims if claim.key.tunnel != NO_TUNNEL]
 
     def is_claimed(self, name: str) -> bool:
         """The port's guest says that it is a tenant's."""
@@ -157,9 +159,9 @@ class Newcomers:
                 try:
                     async with self._at_once:
                         ports = await self._definition(uuid)
-                except HandoffError as error:
-                    if error.message != problem:
-                        problem = error.message
+                except Exception as error:  # noqa: BLE001 - the other guests' ports must not suffer from a bug
+                    if (why := _why(error)) != problem:
+                        problem = why
                         log.warning("it is not known whose a guest's ports are", guest=uuid, error=problem)
                     await asyncio.sleep(ASK_AGAIN_S)
                     continue
@@ -188,6 +190,12 @@ def admitted(recorded: Collection[Attachment], claims: Sequence[Attachment]) -> 
         addresses |= own
         found.append(claim)
     return found
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, HandoffError):
+        return error.message
+    return f"{type(error).__name__}: {error}; this is a bug in the agent"
 
 
 def _now() -> float:

@@ -45,9 +45,11 @@ def frames_read(tap: str) -> int:
 
 async def run(*command: str) -> None:
     """Runs a program. Raises HandoffError with what it says, and DeadlineError."""
-    process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
-    )
+    pipe, none = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    try:
+        process = await asyncio.create_subprocess_exec(*command, stdin=none, stdout=none, stderr=pipe)
+    except OSError as error:
+        raise HandoffError(f"{command[0]}: {error.strerror or error}") from error
     try:
         async with asyncio.timeout(COMMAND_TIMEOUT_S + 1):
             _, errors = await process.communicate()

@@ -377,6 +377,7 @@ async def test_a_restarted_agent_takes_the_handoff_up(move: Move, stage: State) 
     await move.advance(stage)
     await move.source.restart()
     await move.target.restart()
+    assert (move.source.handoffs.leaving(), move.target.handoffs.leaving()) == ({move.guest}, frozenset())
     if stage == PREPARED:
         await move.abort()
         assert await move.is_running(move.source)
@@ -393,6 +394,7 @@ async def test_a_restarted_agent_takes_the_handoff_up(move: Move, stage: State) 
     await move.source.restart()
     await move.source.handoffs.source(move.id, Call.RELEASE).release()
     assert move.source.handoffs.get(move.id, SOURCE).state == RELEASED
+    assert move.source.handoffs.leaving() == frozenset()
 
 
 async def test_a_paused_guest_moves_paused(move: Move) -> None:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from handoff_common.errors import PreconditionError
 from handoff_controller.fencing import FenceCommand
@@ -57,3 +58,9 @@ async def test_without_a_command_nothing_is_fenced() -> None:
     assert (command.configured, command.automatic_after_s) == (False, 0.0)
     with pytest.raises(PreconditionError, match=r"fencing\.command"):
         await command.fence("h2")
+
+
+@pytest.mark.parametrize("command", [("/sbin/reboot",), ("/sbin/fence", "--ip", "h1-ipmi")])
+def test_a_command_that_is_not_told_which_host_is_refused(command: tuple[str, ...]) -> None:
+    with pytest.raises(ValidationError, match="it can't know what to turn off"):
+        FencingSettings(command=command)

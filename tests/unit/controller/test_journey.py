@@ -1,11 +1,13 @@
 """What the steps of a migration share: its record while several change it, and decisions that nobody looks at."""
 
 import asyncio
+from collections.abc import AsyncGenerator
 from typing import cast
 
 import pytest
 from records import migration
 
+from handoff.agent.v1.qemu_pb2 import Handoff
 from handoff.agent.v1.types_pb2 import Fence
 from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_common.errors import UnavailableError
@@ -48,6 +50,22 @@ async def test_a_warning_of_another_step_outlives_a_save() -> None:
 async def test_a_new_leader_does_not_take_the_destination_for_long_unheard() -> None:
     """The one before may have sent an order a moment ago."""
     assert a_journey(SlowRecords()).since_heard_s() < 5
+
+
+class Ending:
+    """An agent that goes away as it is asked."""
+
+    async def watch(self, _migration_id: str, _role: int) -> AsyncGenerator[Handoff, None]:
+        for handoff in ():
+            yield handoff
+
+
+async def test_a_watch_that_ends_before_its_first_word_is_a_silence() -> None:
+    agent = cast(Agent, Ending())
+    way = Journey(migration(state=State.COMMITTED), cast(Records, None), agent, agent, Fence(term=1))
+    for see in (way.see_destination, way.see_source):
+        with pytest.raises(UnavailableError, match="ended the watch"):
+            await see()
 
 
 async def test_a_decision_is_answered_whatever_becomes_of_its_driver() -> None:

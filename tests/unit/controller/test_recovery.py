@@ -98,6 +98,7 @@ def fleet(client: EtcdClient, lead: Lead, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(standstill, "ORDER_LIFE_S", 0.5)
     monkeypatch.setattr(forward, "FINISHING_PATIENCE_S", 0.2)
     monkeypatch.setattr(undo, "DESTINATION_PATIENCE_S", 0.2)
+    monkeypatch.setattr(undo, "LOOK_S", 0.1)
     monkeypatch.setattr(disks, "PATIENCE_S", 0.2)
     monkeypatch.setattr(disks, "LOOK_S", 0.1)
     return Fleet(client, lead, tmp_path)
@@ -261,11 +262,28 @@ async def test_a_source_that_is_gone_for_good_is_given_up(fleet: Fleet) -> None:
             await conductor.recover(recover(DESTINATION))
         with pytest.raises(PreconditionError, match="--i-have-fenced h1 --accept-loss"):
             await conductor.recover(recover(fenced="h1"))
+        fleet.h1.away |= {"watch"}
         await conductor.recover(recover(fenced="h1", lossy=True))
         aborted = await fleet.ends()
 
     assert state_of(waiting) is State.ABORTING
     assert (state_of(aborted), aborted.loss.host, aborted.loss.certain) == (State.ABORTED, "h1", True)
+
+
+async def test_a_source_that_answers_is_neither_given_up_nor_fenced(fleet: Fleet) -> None:
+    fleet.has_fence_command()
+    fleet.h1.away = {"switch_over", "abort"}
+    async with fleet.led() as conductor:
+        await conductor.create(CreateMigrationRequest(guest="web", destination_host="h2", request_id="m1"))
+        await fleet.comes_to(lambda one: bool(one.needs_decision))
+        for request in (recover(lossy=True), recover(fenced="h1", lossy=True)):
+            with pytest.raises(PreconditionError, match="h1 is not off: its agent answers"):
+                await conductor.recover(request)
+        fleet.h1.away = set()
+        aborted = await fleet.ends()
+
+    assert not fleet.fenced.exists()
+    assert (state_of(aborted), aborted.HasField("loss")) == (State.ABORTED, False)
 
 
 async def pulls(fleet: Fleet, conductor: Conductor) -> None:

@@ -1,5 +1,6 @@
 """The results: read back as they were written, and readable."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from soak import report
@@ -45,6 +46,15 @@ def test_the_table_says_where_and_after_how_long() -> None:
     assert "lost !" in row
     assert "committed:kill-leader: the guest does not run" in text
     assert "1 of 2 cells" in text
+
+
+def test_what_was_not_run_has_no_time_of_recovery() -> None:
+    assert report.recovery_ms({GOOD.cell: GOOD}) == {}
+    died = [
+        replace(GOOD, cell=f"{moment}:kill-destination-qemu", outage_ms=outage_ms)
+        for moment, outage_ms in ((Moment.PAUSED, 310.0), (Moment.HELD, 720.5), (Moment.COMMITTED, None))
+    ]
+    assert report.recovery_ms({result.cell: result for result in died}) == {"kill-destination-qemu": 720.5}
 
 
 def test_names_of_cells_are_those_of_results() -> None:

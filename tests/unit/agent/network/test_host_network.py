@@ -1,17 +1,23 @@
 """The network of one host, from what it is told and what moves, to the flows of a real switch."""
 
 import asyncio
+import errno
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from dummy_switch import BRIDGE, DummySwitch
 
-from handoff_agent.network import bridge, network
+from handoff_agent.handoff import Handoff
+from handoff_agent.ledger import Record
+from handoff_agent.network import bridge, knowledge, network
+from handoff_agent.network.companion import LeavingPorts
 from handoff_agent.network.connection import OpenFlowConnection
 from handoff_agent.network.flow import Flow
 from handoff_agent.network.knowledge import Moves, Store, Told
@@ -19,6 +25,7 @@ from handoff_agent.network.network import Network
 from handoff_agent.network.newcomers import Definition
 from handoff_agent.network.treatment import HERE, Attachment, Key
 from handoff_agent.ovs_ports import OvsPorts
+from handoff_agent.rules import HELD, SOURCE
 from handoff_agent.settings import NetworkSettings
 from handoff_common.errors import DeadlineError, PreconditionError, UnavailableError
 
@@ -142,6 +149,20 @@ async def test_a_switch_that_was_restarted_gets_its_flows_back(switch: DummySwit
         assert len(switch.flows("cookie=0x48ff000000000000/0xffff000000000000")) == flows
 
 
+async def test_a_switch_that_restarts_in_the_pause_sends_on_again(switch: DummySwitch, tmp_path: Path) -> None:
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST, PEER))
+        await here.leave(GUEST.domain_uuid, "10.21.0.3")
+        before = switch.flows()
+        switch.kill()
+        await until(lambda: not here.bridge.connected)
+        switch.start()
+        await until(lambda: here.bridge.connected)
+        assert switch.flows() == before
+        assert deliveries(switch)["203"] == "set_field:10.21.0.3->tun_dst,IN_PORT"
+
+
 async def test_a_flow_that_somebody_deleted_comes_back(
     switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +271,75 @@ async def test_an_upgrade_goes_from_tap_to_tap(switch: DummySwitch, tmp_path: Pa
         await here.gone(GUEST.domain_uuid)
         assert place_of(here) == "vnet1"
         assert here.ports()[0].interface == "vnet1"
+
+
+async def test_frames_go_on_only_for_handoffs_that_there_are(switch: DummySwitch, tmp_path: Path) -> None:
+    """An operator has removed the record of one, and runs the guest again by hand."""
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST, PEER))
+        await here.leave(GUEST.domain_uuid, "10.21.0.3")
+    async with running(switch, tmp_path) as here:
+        await here.only_these_leave({GUEST.domain_uuid, PEER.domain_uuid})
+        assert place_of(here) == "10.21.0.3"
+        await here.only_these_leave({PEER.domain_uuid})
+        assert place_of(here) == "vnet0"
+    assert Store(tmp_path).load()[1].leaving == {}
+
+
+async def test_a_held_guests_frames_go_on_by_its_handoffs_record_alone(switch: DummySwitch, tmp_path: Path) -> None:
+    """Its agent died on a full disk: nothing else is known of it."""
+    record = Record("m1", SOURCE, HELD, domain_uuid=GUEST.domain_uuid, tunnel_address="10.21.0.3")
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST, PEER))
+        ports = LeavingPorts(here, cast(Handoff, SimpleNamespace(record=record)))
+        await ports.held_again()
+        assert place_of(here) == "10.21.0.3"
+        await ports.back()
+        assert place_of(here) == "vnet0"
+
+
+async def test_a_full_disk_stops_no_traffic_and_is_made_up_for(
+    switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        with monkeypatch.context() as patched:
+            patched.setattr(knowledge, "replace_file", full)
+            assert await here.tell(told(GUEST, PEER))
+            assert place_of(here) == "vnet0"
+            plug(switch, "vnet1")
+            await until(lambda: "vnet1" in here.bridge.numbers)
+            await here.look()
+            assert here.bridge.connected
+            await here.leave(GUEST.domain_uuid, "10.21.0.3")
+            assert place_of(here) == "10.21.0.3"
+            assert Store(tmp_path).load() == (Told(), Moves())
+        await here.look()
+        moves = Moves(leaving={GUEST.domain_uuid: "10.21.0.3"}, taps={"1001/52:54:00:30:00:0a": "vnet0"})
+        assert Store(tmp_path).load() == (told(GUEST, PEER), moves)
+
+
+async def test_a_bug_leaves_nobody_without_a_bridge(
+    switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "CHECK_EVERY_S", 0.1)
+
+    async def fails(_self: Network) -> None:
+        raise KeyError("a bug")
+
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST))
+        with monkeypatch.context() as patched:
+            patched.setattr(Network, "look", fails)
+            await until(lambda: "a bug" in here.bridge.message)
+        await until(lambda: here.bridge.connected and not here.bridge.message)
+        assert place_of(here) == "vnet0"
 
 
 async def test_a_port_that_is_no_guests_is_found_by_its_name(switch: DummySwitch, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from lxml import etree
 
-from handoff_agent.network.metadata import NAMESPACE, make_attachment, read_ports
+from handoff_agent.network.metadata import NAMESPACE, NO_TUNNEL, make_attachment, read_claims, read_ports
 from handoff_agent.network.treatment import HERE, Key
 
 
@@ -42,6 +42,11 @@ def test_what_is_wrong_is_said_and_left_out(mac: str, tunnel: str, addresses: st
     with pytest.raises(ValueError, match=wrong):
         make_attachment(mac, tunnel, addresses, "abc", "web")
     assert read_ports(a_domain(f"<h:port mac='{mac}' tunnel='{tunnel}' ip='{addresses}'/>")) == ()
+
+
+def test_what_is_wrong_is_a_tenants_all_the_same() -> None:
+    wrong = a_domain("<h:port mac='52:54:00:AA:00:01' tunnel='7' ip='fd00::1'/><h:port mac='x' tunnel='7'/>")
+    assert [port.key for port in read_claims(wrong)] == [Key(NO_TUNNEL, "52:54:00:aa:00:01")]
 
 
 def test_most_guests_have_none() -> None:

@@ -13,7 +13,7 @@ from dummy_switch import DummySwitch
 from test_host_network import ELSEWHERE, GUEST, PEER, ages, deliveries, plug, running, told, until
 
 from handoff_agent.network import network, newcomers
-from handoff_agent.network.metadata import NAMESPACE
+from handoff_agent.network.metadata import NAMESPACE, NO_TUNNEL
 from handoff_agent.network.newcomers import admitted, definition_of
 from handoff_agent.network.treatment import Attachment, Key
 from handoff_agent.slots import Hypervisor
@@ -83,6 +83,20 @@ async def test_a_new_guest_that_is_the_sites_is_let_go(switch: DummySwitch, tmp_
         await until(lambda: switch.flows() == before)
 
 
+async def test_a_guest_whose_tenant_cannot_be_read_is_not_the_sites(switch: DummySwitch, tmp_path: Path) -> None:
+    guests = Libvirt(replace(GUEST, key=Key(NO_TUNNEL, GUEST.key.mac), addresses=()))
+    guests.answers.set()
+    async with running(switch, tmp_path, guests.definition) as here:
+        number = await plugged(switch, here.bridge.numbers)
+        await until(lambda: guests.asked == 1)
+        await here.look()
+        await until(lambda: classified(switch, number) == "drop")
+        assert "hard_timeout" not in switch.ofctl("--stats", "dump-flows", f"table=0,in_port={number}")
+        assert here.ports() == []
+        assert await here.tell(told(GUEST))
+        assert classified(switch, number) == OPEN
+
+
 async def test_a_port_that_is_no_guests_is_never_closed(switch: DummySwitch, tmp_path: Path) -> None:
     async with running(switch, tmp_path, Libvirt().definition) as here:
         before = switch.flows()
@@ -108,6 +122,19 @@ async def test_a_libvirt_that_does_not_answer_keeps_nobody_for_ever(
         guests.silent = False
         guests.answers.set()
         await until(lambda: "202" in deliveries(switch))
+
+
+async def test_a_guest_that_cannot_be_understood_is_nobody_elses_trouble(switch: DummySwitch, tmp_path: Path) -> None:
+    async def definition(uuid: str) -> tuple[Attachment, ...]:
+        if uuid == OTHER.domain_uuid:
+            raise ValueError("what is this?")
+        return (GUEST,)
+
+    async with running(switch, tmp_path, definition) as here:
+        await asyncio.to_thread(switch.plug, "vnet3", OTHER.domain_uuid, "52:54:00:30:00:77")
+        await until(lambda: "vnet3" in here.bridge.numbers)
+        number = await plugged(switch, here.bridge.numbers)
+        await until(lambda: classified(switch, number) == OPEN)
 
 
 async def test_what_was_there_before_the_agent_is_not_cut_off(

@@ -1,6 +1,7 @@
 """Properties of the pipeline over whole fabrics: who gets a frame, at every moment of a move."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -44,6 +45,10 @@ def tap_of(index: int) -> int:
     return 10 + index
 
 
+def tap_of_guest(fabric: Fabric, guest: Guest) -> Tap:
+    return Tap(tap_of(fabric.guests.index(guest)))
+
+
 @st.composite
 def fabrics(draw: st.DrawFn) -> Fabric:
     """Guests of two tenants on three hosts; both tenants use the same addresses."""
@@ -61,22 +66,26 @@ def moves(draw: st.DrawFn) -> Move:
     """A fabric at some moment of the move of one of its guests, to another host or to the other slot."""
     fabric = draw(fabrics())
     mover = draw(st.sampled_from(fabric.guests))
-    tap = Tap(tap_of(fabric.guests.index(mover)))
-    source, moment = mover.host, draw(st.sampled_from(Moment))
     if draw(st.integers(0, 3)) == 0:
-        return local_move(fabric, mover, tap, moment)
+        return local_move(fabric, mover, tap_of_guest(fabric, mover), draw(st.sampled_from(Moment)))
+    where = remote_move(draw, fabric, mover, NEW_TAP)
+    return Move(fabric, mover, where, where)
+
+
+def remote_move(draw: st.DrawFn, fabric: Fabric, mover: Guest, new_tap: int) -> tuple[str, int]:
+    """Puts a guest at some moment of its move to another host; returns by what it sends, and gets its frames."""
+    tap, source, moment = tap_of_guest(fabric, mover), mover.host, draw(st.sampled_from(Moment))
     destination = draw(st.sampled_from([host for host in HOSTS if host != source]))
     others = [host for host in HOSTS if host not in (source, destination)]
     if moment is Moment.AT_REST:
-        return Move(fabric, mover, (source, tap.ofport), (source, tap.ofport))
-    new = (destination, NEW_TAP)
+        return source, tap.ofport
     if moment is not Moment.RELEASED:
         leaves_for = None if moment is Moment.STAGED else destination
         fabric.situations[source, mover.uuid] = Situation(tap, leaves_for=leaves_for)
         fabric.arriving[mover.uuid] = destination
     else:
         del fabric.situations[source, mover.uuid]
-    fabric.situations[destination, mover.uuid] = Situation(new_tap=Tap(NEW_TAP))
+    fabric.situations[destination, mover.uuid] = Situation(new_tap=Tap(new_tap))
     heard = {
         Moment.DESTINATION_TOLD: [destination],
         Moment.PEERS_TOLD: [destination, *others],
@@ -85,9 +94,27 @@ def moves(draw: st.DrawFn) -> Move:
     }.get(moment, ())
     fabric.recorded.update({(host, mover.uuid): destination for host in heard})
     if destination in heard:
-        fabric.situations[destination, mover.uuid] = Situation(Tap(NEW_TAP))
-    old = (source, tap.ofport)
-    return Move(fabric, mover, old if moment is Moment.STAGED else new, old if moment is Moment.STAGED else new)
+        fabric.situations[destination, mover.uuid] = Situation(Tap(new_tap))
+    return (source, tap.ofport) if moment is Moment.STAGED else (destination, new_tap)
+
+
+@dataclass(frozen=True)
+class TwoMoves:
+    """Two guests move at once, each at a moment of its own."""
+
+    fabric: Fabric
+    places: Mapping[str, tuple[str, int]]
+    """By what each guest, by UUID, sends, and gets its frames."""
+
+
+@st.composite
+def two_moves(draw: st.DrawFn) -> TwoMoves:
+    """Of one tenant or of two, the same way or not."""
+    fabric = draw(fabrics())
+    movers = draw(st.lists(st.sampled_from(fabric.guests), min_size=2, max_size=2, unique=True))
+    places = {guest.uuid: (guest.host, tap_of_guest(fabric, guest).ofport) for guest in fabric.guests}
+    places |= {mover.uuid: remote_move(draw, fabric, mover, NEW_TAP + n) for n, mover in enumerate(movers)}
+    return TwoMoves(fabric, places)
 
 
 def local_move(fabric: Fabric, mover: Guest, tap: Tap, moment: Moment) -> Move:
@@ -134,6 +161,21 @@ def test_a_broadcast_reaches_each_port_of_the_tenant_once_as_it_was_sent(move: M
     reached = move.fabric.deliver(*sender(move, one), sent)
     expected = Counter(place(move, guest) for guest in guests if guest.key.tunnel == one.key.tunnel and guest != one)
     assert Counter((host, port) for host, port, _ in reached) == expected
+    assert all({**seen, **sent} == seen for _, _, seen in reached)
+
+
+@given(two_moves(), st.data())
+@settings(max_examples=200)
+def test_guests_that_move_at_once_are_not_in_each_others_way(moved: TwoMoves, data: st.DataObject) -> None:
+    guests, places = moved.fabric.guests, moved.places
+    one, other = data.draw(st.lists(st.sampled_from(guests), min_size=2, max_size=2, unique=True))
+    reached = moved.fabric.deliver(*places[one.uuid], frame(one.key.mac, other.key.mac, one.address))
+    expected = [places[other.uuid]] if one.key.tunnel == other.key.tunnel else []
+    assert [(host, port) for host, port, _ in reached] == expected
+    sent = frame(one.key.mac, BROADCAST, one.address)
+    reached = moved.fabric.deliver(*places[one.uuid], sent)
+    tenants = [guest for guest in guests if guest.key.tunnel == one.key.tunnel and guest != one]
+    assert Counter((host, port) for host, port, _ in reached) == Counter(places[guest.uuid] for guest in tenants)
     assert all({**seen, **sent} == seen for _, _, seen in reached)
 
 

@@ -1,8 +1,8 @@
 /* The switch of a handoff, from SWITCHING to a final state. docs/switch.md explains it and says how to run it.
  *
- * It follows controller/handoff_controller/machine.py and driver.py, and agent/handoff_agent/rules.py.
+ * It follows controller/handoff_controller/machine.py, driver.py and disks.py, and agent/handoff_agent/rules.py.
  * Seeded bugs: -DBUG_SOURCE_TIMEOUT, -DBUG_NO_COMPARE, -DBUG_ABORT_FIRST, -DBUG_FENCE_FORGOTTEN,
- * -DBUG_FALSE_FENCE.
+ * -DBUG_FALSE_FENCE, -DBUG_RELEASE_FIRST, -DBUG_PULL_UNFENCED, -DBUG_BACK_FROM_ARRIVED.
  */
 
 #ifndef TERMS
@@ -12,25 +12,42 @@
 #define FAULTS 2  /* messages, answers and writes that get lost or late, until faults stop */
 #endif
 
-mtype:Record = { SWITCHING, COMMITTED, FINISHING, DONE, ABORTING, ABORTED };
+/* PULLING is FINISHING before disks_arrived; GIVEN_UP is FINISHING with the source, and what it had, given up. */
+mtype:Record = { SWITCHING, COMMITTED, PULLING, FINISHING, GIVEN_UP, DONE, ABORTING, ABORTED };
 mtype:Copy = { RUNS, PAUSED, LISTENING, GONE };
 mtype:Side = { READY, SWITCHES, HELD, RELEASED, PREPARED, ACTIVE, FINALIZED, FAILED, UNDONE };
 mtype:Order = { SWITCH_OVER, RELEASE, ABORT_SOURCE, ACTIVATE, FINALIZE, ABORT_DESTINATION, EVICT };
 mtype:Answer = { NOTHING, REFUSED, ANSWERED };
 
+/* Where it begins. With -DPULL, a fast migration from its commit on: what comes before is the same for all. */
+#ifdef PULL
+#define pulls true
+#define FIRST_RECORD COMMITTED
+#define FIRST_COPY   PAUSED
+#define FIRST_SOURCE HELD
+#else
+#define pulls false
+#define FIRST_RECORD SWITCHING
+#define FIRST_COPY   RUNS
+#define FIRST_SOURCE READY
+#endif
+
 /* etcd: the migration's record, its version, and whose key is the leader's. */
-mtype:Record record = SWITCHING;
+mtype:Record record = FIRST_RECORD;
 byte version = 0;
 byte leader = 0;
 
 /* The two hosts: QEMU's copy, the agent's state, the highest term that the agent has obeyed. */
-mtype:Copy source = RUNS;
-mtype:Copy destination = LISTENING;
-mtype:Side at_source = READY;
+mtype:Copy source = FIRST_COPY;
+mtype:Copy destination = (pulls -> PAUSED : LISTENING);
+mtype:Side at_source = FIRST_SOURCE;
 mtype:Side at_destination = PREPARED;
 byte source_term = 0;
 byte destination_term = 0;
 bool never_ran = false;
+
+bool whole = !pulls;     /* the destination's disks need nothing of the source's */
+bool kept = false;       /* in the record: the source's images outlive its copy */
 
 byte faults = FAULTS;
 bool source_died = false;
@@ -56,7 +73,8 @@ inline obey(what, by, answer) {
 		source_term = by;
 		if
 		:: at_source == HELD ->
-			assert(record == FINISHING || record == DONE);
+			assert(record == FINISHING || record == GIVEN_UP || record == DONE);
+			assert(whole || kept);
 			source = GONE; at_source = RELEASED; answer = ANSWERED
 		:: at_source == RELEASED -> answer = ANSWERED
 		:: else
@@ -130,13 +148,15 @@ end:	do
 	od
 }
 
-/* QEMU at the source, and the deadline of the pause: it ends held, or with the guest running again. */
+/* QEMU at the source, and the deadline of the pause: it ends held, or with the guest running again. Then its disks. */
 active proctype Source() {
 end:	do
 	:: d_step { at_source == SWITCHES && source == RUNS -> source = PAUSED }
 	:: d_step { at_source == SWITCHES && source == PAUSED && destination == LISTENING -> destination = PAUSED }
 	:: d_step { at_source == SWITCHES && source == PAUSED && destination == PAUSED -> at_source = HELD }
 	:: d_step { at_source == SWITCHES && source == PAUSED -> source = RUNS; at_source = FAILED }
+	/* The pull, which goes on without the guest, and when a host that was off is back. */
+	:: d_step { !whole && at_destination == ACTIVE && at_source == HELD -> whole = true }
 #ifdef BUG_SOURCE_TIMEOUT
 	:: d_step { at_source == HELD && source == PAUSED -> source = RUNS; at_source = FAILED }
 #endif
@@ -182,7 +202,12 @@ inline apply(value, by, expected, result) {
 #else
 	:: leader == by && version == expected ->
 #endif
-		record = value; version++; result = ANSWERED
+		assert(value != ABORTING || record == SWITCHING || record == COMMITTED || record == PULLING);
+		record = value; version++; result = ANSWERED;
+		if
+		:: value == GIVEN_UP -> kept = true
+		:: else
+		fi
 #ifndef BUG_NO_COMPARE
 	:: else -> result = REFUSED
 #endif
@@ -314,7 +339,8 @@ reads:	skip;
 		fi;
 #endif
 		if
-		:: answer == ANSWERED && (seen == ACTIVE || seen == FINALIZED) -> advance(FINISHING)
+		:: answer == ANSWERED && (seen == ACTIVE || seen == FINALIZED) && pulls -> advance(PULLING)
+		:: answer == ANSWERED && (seen == ACTIVE || seen == FINALIZED) && !pulls -> advance(FINISHING)
 		:: answer == ANSWERED && (seen == FAILED || seen == UNDONE) && never_ran ->
 			insist(ABORT_DESTINATION);
 			advance(ABORTING)
@@ -327,7 +353,25 @@ reads:	skip;
 		:: else
 		fi
 
-	:: state == FINISHING ->
+	/* The destination tells that it has all. */
+	:: state == PULLING && whole ->
+#ifdef BUG_RELEASE_FIRST
+		try(RELEASE);
+#endif
+		advance(FINISHING)
+	/* It is silent, and an operator decides that the guest goes on from the switch. */
+	:: state == PULLING && at_source == HELD ->
+#ifndef BUG_PULL_UNFENCED
+		fence();
+#endif
+		advance(ABORTING)
+	/* The source is silent, and an operator gives it up; it may be back after all. */
+	:: state == PULLING -> advance(GIVEN_UP)
+
+#ifdef BUG_BACK_FROM_ARRIVED
+	:: state == FINISHING -> fence(); advance(ABORTING)
+#endif
+	:: state == FINISHING || state == GIVEN_UP ->
 		try(FINALIZE);
 		try(RELEASE);
 		advance(DONE)
@@ -363,7 +407,7 @@ active proctype Election() {
 /* ---- What has to hold. */
 
 #define ONE_RUNS     (!(source == RUNS && destination == RUNS))
-#define MAY_RUN      (record == COMMITTED || record == FINISHING || record == DONE)
+#define MAY_RUN      (record == COMMITTED || record == PULLING || record == FINISHING || record == GIVEN_UP || record == DONE)
 #define MOVED        (record == DONE && source == GONE && (destination == RUNS || destination_died_running))
 #define STAYED       (record == ABORTED && destination == GONE && (source == RUNS || source_died))
 

@@ -125,6 +125,12 @@ def state_of(migration: Migration) -> State:
     return State(migration.state)
 
 
+def is_taken_back(migration: Migration) -> bool:
+    """The guest was the destination's, and goes on at the source: what the copy there did does not count any more."""
+    is_undone = state_of(migration) in (State.ABORTING, State.ABORTED)
+    return is_undone and any(change.state == State.COMMITTED.value for change in migration.timeline)
+
+
 def next_state(state: State, event: Event) -> State:
     """What `state` becomes. Raises ValueError when the event can't happen in it: a bug, never a fault of the fleet."""
     phase = PHASES[state]

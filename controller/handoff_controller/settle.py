@@ -10,7 +10,7 @@ from handoff.agent.v1.types_pb2 import Fence
 from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_common.errors import HandoffError
 from handoff_controller.agents import GrpcAgent
-from handoff_controller.machine import State, state_of
+from handoff_controller.machine import State, is_taken_back, state_of
 from handoff_controller.store import Reader
 
 log = structlog.get_logger()
@@ -85,7 +85,7 @@ class Settler:
         """What the final state of a migration means for one side of it."""
         migration_id, role, state = handoff.migration_id, handoff.role, state_of(migration)
         if state is State.ABORTED:
-            is_fenced = migration.recovery.fenced_host == agent.name and role == HandoffRole.HANDOFF_ROLE_DESTINATION
+            is_fenced = is_taken_back(migration) and role == HandoffRole.HANDOFF_ROLE_DESTINATION
             why = "the migration was aborted"
             return lambda: agent.abort(self._fence, migration_id, role, why, fenced=is_fenced)
         if state is not State.DONE:

@@ -7,6 +7,7 @@ from handoff_common.errors import PreconditionError
 from handoff_controller.decisions import TO_SOURCE, Asked, Decision, Decisions
 from handoff_controller.fencing import Fencing
 from handoff_controller.journey import DESTINATION, SOURCE, TRANSIENT, Journey, StepFailed
+from handoff_controller.machine import is_taken_back
 
 DECISION_AFTER_S = 10.0
 DESTINATION_PATIENCE_S = 30.0
@@ -52,17 +53,19 @@ class Undo:
     async def abort_destination(self) -> None:
         """Destroys the destination's copy, now or once its agent is back."""
         there = self._way.at_destination
+        # Not by who is fenced now: the source may be, and given up, meanwhile.
+        back = is_taken_back(self._way.migration)
         is_fenced = self._way.migration.recovery.fenced_host == there
         try:
             await self._way.insist(
                 lambda: self._way.destination.abort(
-                    self._way.fence, self._way.migration.id, DESTINATION, self._way.migration.error, fenced=is_fenced
+                    self._way.fence, self._way.migration.id, DESTINATION, self._way.migration.error, fenced=back
                 ),
                 FENCED_PATIENCE_S if is_fenced else DESTINATION_PATIENCE_S,
                 also_refusals=True,
             )
         except StepFailed as failure:
-            never = "" if is_fenced else "It never ran, and is"
+            never = "" if back else "It never ran, and is"
             self._way.warn(
                 f"the copy on {there} has not been removed: {failure}. {never or 'It is'} removed when the host's agent"
                 " is back"

@@ -49,7 +49,9 @@ class VolumeSteps:
         except PreconditionError as error:
             raise StepFailed(error.message) from error
         for volume in migration.volumes:
-            await self._way.insist(partial(self._volumes.grant, volume, self._way.at_destination), GRANT_PATIENCE_S)
+            await self._way.insist(
+                partial(self._volumes.grant, volume, self._way.at_destination, migration.revision), GRANT_PATIENCE_S
+            )
 
     async def revoke(self) -> None:
         """Shuts the host out that does not have the guest in the end, also where its agent does not answer.
@@ -63,7 +65,7 @@ class VolumeSteps:
             if label(volume) in others:
                 self._way.log.info("volume stays open", volume=label(volume), host=host, other=others[label(volume)])
                 continue
-            call = partial(self._volumes.revoke, volume, host)
+            call = partial(self._volumes.revoke, volume, host, self._way.migration.revision)
             try:
                 await self._way.insist(call, REVOKE_PATIENCE_S, also_refusals=True)
             except StepFailed as failure:

@@ -7,6 +7,9 @@ Storage that keeps an access list is told of it in time, by the provider that th
     FINISHING   revoke(volume, source)         after its QEMU has ended, or could not be ended: a fence
     ABORTING    revoke(volume, destination)    the same
 
+Each carries the revision of the migration's record, which grows with every write of any migration: a call that comes
+late, after we have gone on or were replaced, can be told from the one that counts.
+
 Volumes that no provider is named for may be opened by every host, as far as we are concerned.
 """
 
@@ -32,12 +35,15 @@ SAID_BYTES = 500
 
 
 class VolumeProvider(Protocol):
-    """One storage system's way to change an access list. Both calls are idempotent, and both raise HandoffError."""
+    """One storage system's way to change an access list. Both calls are idempotent, and both raise HandoffError.
 
-    async def grant(self, volume: Volume, host: str) -> None:
+    `revision`: of two calls for one volume and host that with the higher one is the later, however they arrive.
+    """
+
+    async def grant(self, volume: Volume, host: str, revision: int) -> None:
         """Lets the host open the volume, beside those that may already."""
 
-    async def revoke(self, volume: Volume, host: str) -> None:
+    async def revoke(self, volume: Volume, host: str, revision: int) -> None:
         """Shuts the host out: once this returns, nothing that it sends is written."""
 
     async def close(self) -> None:
@@ -53,14 +59,14 @@ class ServiceProvider:
         self._channel = open_channel(address)
         self._stub = VolumeAccessServiceStub(self._channel)
 
-    async def grant(self, volume: Volume, host: str) -> None:
+    async def grant(self, volume: Volume, host: str, revision: int) -> None:
         """See VolumeProvider."""
-        request = GrantAccessRequest(volume=volume, host=host)
+        request = GrantAccessRequest(volume=volume, host=host, revision=revision)
         await self._answer(lambda: self._stub.GrantAccess(request, timeout=self._timeout_s))
 
-    async def revoke(self, volume: Volume, host: str) -> None:
+    async def revoke(self, volume: Volume, host: str, revision: int) -> None:
         """See VolumeProvider."""
-        request = RevokeAccessRequest(volume=volume, host=host)
+        request = RevokeAccessRequest(volume=volume, host=host, revision=revision)
         await self._answer(lambda: self._stub.RevokeAccess(request, timeout=self._timeout_s))
 
     async def close(self) -> None:
@@ -77,25 +83,26 @@ class ServiceProvider:
 class CommandProvider:
     """A program of the site: COMMAND grant|revoke PROTOCOL:NAME HOST. Exit status 0 means that it is done.
 
-    It runs as the controller does, with the servers in HANDOFF_VOLUME_SERVERS, each "host:port", with blanks between.
+    It runs as the controller does, with the servers in HANDOFF_VOLUME_SERVERS, each "host:port", with blanks between,
+    and the revision in HANDOFF_VOLUME_REVISION.
     """
 
     def __init__(self, command: Sequence[str], timeout_s: float) -> None:
         self._command = tuple(command)
         self._timeout_s = timeout_s
 
-    async def grant(self, volume: Volume, host: str) -> None:
+    async def grant(self, volume: Volume, host: str, revision: int) -> None:
         """See VolumeProvider."""
-        await self._run("grant", volume, host)
+        await self._run("grant", volume, host, revision)
 
-    async def revoke(self, volume: Volume, host: str) -> None:
+    async def revoke(self, volume: Volume, host: str, revision: int) -> None:
         """See VolumeProvider."""
-        await self._run("revoke", volume, host)
+        await self._run("revoke", volume, host, revision)
 
     async def close(self) -> None:
         """See VolumeProvider."""
 
-    async def _run(self, verb: str, volume: Volume, host: str) -> None:
+    async def _run(self, verb: str, volume: Volume, host: str, revision: int) -> None:
         words = (*self._command, verb, label(volume), host)
         try:
             process = await asyncio.create_subprocess_exec(
@@ -103,7 +110,11 @@ class CommandProvider:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HANDOFF_VOLUME_SERVERS": " ".join(volume.servers)},
+                env={
+                    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+                    "HANDOFF_VOLUME_SERVERS": " ".join(volume.servers),
+                    "HANDOFF_VOLUME_REVISION": str(revision),
+                },
                 start_new_session=True,
             )
         except OSError as error:
@@ -133,13 +144,13 @@ class Volumes:
         """Closes every provider."""
         await asyncio.gather(*(provider.close() for _, provider in self._providers))
 
-    async def grant(self, volume: Volume, host: str) -> None:
+    async def grant(self, volume: Volume, host: str, revision: int) -> None:
         """Lets the host open the volume. Raises HandoffError that names both."""
-        await self._change("given to", volume, host, lambda provider: provider.grant(volume, host))
+        await self._change("given to", volume, host, lambda provider: provider.grant(volume, host, revision))
 
-    async def revoke(self, volume: Volume, host: str) -> None:
+    async def revoke(self, volume: Volume, host: str, revision: int) -> None:
         """Shuts the host out of the volume. Raises HandoffError that names both."""
-        await self._change("taken from", volume, host, lambda provider: provider.revoke(volume, host))
+        await self._change("taken from", volume, host, lambda provider: provider.revoke(volume, host, revision))
 
     async def _change(
         self, what: str, volume: Volume, host: str, call: Callable[[VolumeProvider], Awaitable[None]]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from handoff.storage.v1 import access_pb2 as pb
 from handoff.storage.v1 import access_pb2_grpc
-from handoff_common.errors import HandoffError, NotFoundError, UnavailableError
+from handoff_common.errors import HandoffError, NotFoundError, PreconditionError, UnavailableError
 from handoff_common.logs import configure_logs
 from handoff_common.server import Context, Server, until_stopped
 from handoff_lab.errors import LabError
@@ -125,18 +125,29 @@ class Access(access_pb2_grpc.VolumeAccessServiceServicer):
     def __init__(self, exports: Exports) -> None:
         self._exports = exports
         self._lock = asyncio.Lock()
+        self._latest: dict[tuple[str, str], int] = {}
+        """The revision of the last request for a volume and a host. What was on its way ends with this daemon."""
 
     async def GrantAccess(self, request: pb.GrantAccessRequest, context: Context) -> pb.GrantAccessResponse:  # noqa: N802
         """See access.proto."""
         async with self._lock:
+            self._note(request)
             await asyncio.to_thread(self._exports.grant, request.volume.name, request.host)
         return pb.GrantAccessResponse()
 
     async def RevokeAccess(self, request: pb.RevokeAccessRequest, context: Context) -> pb.RevokeAccessResponse:  # noqa: N802
         """See access.proto."""
         async with self._lock:
+            self._note(request)
             await asyncio.to_thread(self._exports.revoke, request.volume.name, request.host)
         return pb.RevokeAccessResponse()
+
+    def _note(self, request: pb.GrantAccessRequest | pb.RevokeAccessRequest) -> None:
+        """Raises PreconditionError for a request that comes after a later one."""
+        about = request.volume.name, request.host
+        if 0 < request.revision < self._latest.get(about, 0):
+            raise PreconditionError(f"{about[0]} for {about[1]}: revision {request.revision} comes too late")
+        self._latest[about] = max(request.revision, self._latest.get(about, 0))
 
     async def ListAccess(self, request: pb.ListAccessRequest, context: Context) -> pb.ListAccessResponse:  # noqa: N802
         """See access.proto."""

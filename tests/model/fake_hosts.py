@@ -1,16 +1,18 @@
 """Two hosts in memory: honest QEMUs, and agents that follow the real agent's table of rules.
 
-The QEMUs here know nothing of the protocol; what is forbidden is written down in `Guest.violations` when it happens.
+The QEMUs here know nothing of the protocol; what is forbidden is written down in `fake_guest.Guest` when it happens.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from dataclasses import dataclass
+
+from fake_guest import NAME, UUID, Copy, Guest
 
 from handoff.agent.v1 import qemu_pb2 as pb
+from handoff.agent.v1.disk_pb2 import DiskMove, DiskPhase, DiskProgress, DiskStrategy
 from handoff.agent.v1.host_pb2 import Host, Slot
-from handoff.agent.v1.types_pb2 import Domain, DomainState, Fence
+from handoff.agent.v1.types_pb2 import Disk, DiskPlacement, Domain, DomainState, Fence
 from handoff_agent.order_age import check_age
 from handoff_agent.rules import (
     ABORTED,
@@ -31,11 +33,8 @@ from handoff_agent.rules import (
     Role,
     judge,
 )
-from handoff_common.errors import DeadlineError, NotFoundError, PreconditionError
+from handoff_common.errors import DeadlineError, NotFoundError, PreconditionError, UnavailableError
 from handoff_controller.machine import State
-
-UUID = "11111111-2222-3333-4444-555555555555"
-NAME = "web"
 
 CREATE_S = 0.3
 LOAD_S = 0.05
@@ -44,39 +43,7 @@ RESUME_S = 0.02
 SWITCH_DEADLINE_S = 2.0
 TICK_S = 0.5
 LIBVIRT_TIMEOUT_S = 5.0
-
-
-class Copy(Enum):
-    """One QEMU process of the guest."""
-
-    GONE = auto()
-    LISTENING = auto()
-    """Waits for the memory of another one."""
-    PAUSED = auto()
-    """Complete and resumable."""
-    RUNNING = auto()
-
-
-@dataclass
-class Guest:
-    """The guest as a whole. `recorded` tells the migration's state in the store; None before there is a migration."""
-
-    recorded: Callable[[], State | None]
-    copies: dict[str, Copy]
-    violations: list[str] = field(default_factory=list)
-    killed: set[str] = field(default_factory=set)
-    """Hosts whose QEMU died by itself."""
-    told_to_run: set[str] = field(default_factory=set)
-    """Destinations whose copy ran or may have run."""
-
-    def set(self, host: str, copy: Copy) -> None:
-        self.copies[host] = copy
-        if sum(one is Copy.RUNNING for one in self.copies.values()) > 1:
-            self.violations.append(f"two copies run while the record says {self.recorded()}")
-
-    def expect_record(self, what: str, *states: State) -> None:
-        if self.recorded() not in states:
-            self.violations.append(f"{what} while the record says {self.recorded()}")
+VOLUME = Disk(placement=DiskPlacement.DISK_PLACEMENT_NETWORK, source="nbd:web", servers=["storage:10809"])
 
 
 @dataclass(frozen=True)
@@ -100,6 +67,7 @@ class FakeHost:
         self.stream_broken = False
         self.term = 0
         self.copy_s = 1.0
+        self.pull_s = 0.0
         self.handoffs: dict[tuple[str, Role], pb.Handoff] = {}
         self._guest = guest
         self._spawn = spawn
@@ -107,6 +75,16 @@ class FakeHost:
         self._changed = asyncio.Condition()
         self._told_to_switch = asyncio.Event()
         self._frozen_until = 0.0
+        self._off_until = 0.0
+
+    def turn_off(self, for_s: float) -> None:
+        """Power is lost. The agent is back later, with what it has on disk."""
+        self._off_until = max(self._off_until, asyncio.get_running_loop().time() + for_s)
+        self.kill_qemu()
+
+    @property
+    def is_off(self) -> bool:
+        return asyncio.get_running_loop().time() < self._off_until
 
     def freeze(self, for_s: float) -> None:
         """Its libvirtd does not answer for a while. QEMU goes on."""
@@ -126,6 +104,8 @@ class FakeHost:
             if handoff.role == DESTINATION and handoff.state == PREPARED:
                 handoff.never_ran = self.name not in self._guest.told_to_run
                 self._to(handoff, FAILED, "QEMU died")
+                if not handoff.never_ran:
+                    self._spawn(self._pull(handoff))
             elif handoff.role == SOURCE and handoff.state in (PREPARED, TRANSFERRING, READY, SWITCHING):
                 self._to(handoff, FAILED, "QEMU died")
 
@@ -138,13 +118,15 @@ class FakeHost:
         mine = [one.migration_id for one in self.handoffs.values() if one.state not in FINAL_STATES]
         running = self.copy is Copy.RUNNING
         state = DomainState.DOMAIN_STATE_RUNNING if running else DomainState.DOMAIN_STATE_PAUSED
-        return (Domain(uuid=UUID, name=NAME, slot="a", state=state, migration_id=mine[0] if mine else ""),)
+        migration_id = mine[0] if mine else ""
+        return (Domain(uuid=UUID, name=NAME, slot="a", state=state, migration_id=migration_id, disks=[VOLUME]),)
 
     def list_handoffs(self) -> tuple[pb.Handoff, ...]:
         return tuple(_copied(handoff) for handoff in self.handoffs.values())
 
     async def watch(self, migration_id: str, role: Role) -> AsyncGenerator[pb.Handoff, None]:
         while True:
+            self._must_be_on()
             handoff = self._known(migration_id, role)
             told = _copied(handoff)
             told.clock_ms = self._clock_ms()
@@ -162,10 +144,14 @@ class FakeHost:
             raise NotFoundError(f"no {NAME} here")
         return pb.SourceGuest(domain=self.list_domains()[0])
 
-    async def validate_destination(self) -> pb.Handoff:
+    async def validate_destination(self, *, fast: bool) -> pb.Handoff:
         if self.copy is not Copy.GONE:
             raise PreconditionError(f"{NAME} is on {self.name} already")
-        return pb.Handoff()
+        return pb.Handoff(disks=self._moves(fast=fast))
+
+    @staticmethod
+    def _moves(*, fast: bool) -> list[DiskMove]:
+        return [DiskMove(target="vda", strategy=DiskStrategy.DISK_STRATEGY_PULL, base_uri="nbd:base")] if fast else []
 
     async def prepare_source(self, fence: Fence, migration_id: str) -> pb.SourceGuest:
         async def work(handoff: pb.Handoff) -> None:
@@ -174,13 +160,20 @@ class FakeHost:
             self._to(handoff, PREPARED)
 
         await self._order(fence, Call.PREPARE, migration_id, SOURCE, work)
-        return pb.SourceGuest(domain=Domain(uuid=UUID, name=NAME, slot="a"))
+        return pb.SourceGuest(domain=Domain(uuid=UUID, name=NAME, slot="a", disks=[VOLUME]))
 
-    async def prepare_destination(self, fence: Fence, migration_id: str) -> pb.Handoff:
+    async def prepare_destination(self, fence: Fence, migration_id: str, *, fast: bool) -> pb.Handoff:
         async def work(handoff: pb.Handoff) -> None:
             if self.copy is not Copy.GONE:
                 raise PreconditionError(f"{NAME} is on {self.name} already")
             await asyncio.sleep(CREATE_S)
+            self._must_be_on()
+            if self.name not in self._guest.admitted:
+                raise PreconditionError("QEMU can't open the volume")
+            if fast:
+                self._guest.lacking.add(self.name)
+                handoff.pulling = True
+            handoff.disks.extend(self._moves(fast=fast))
             self._guest.set(self.name, Copy.LISTENING)
             handoff.listen_uri = f"tcp:{self.name}:49152"
             self._to(handoff, PREPARED)
@@ -222,21 +215,27 @@ class FakeHost:
                 self._guest.expect_record(f"{self.name} runs", State.COMMITTED)
                 self._guest.set(self.name, Copy.RUNNING)
                 self._to(handoff, ACTIVE)
+                self._spawn(self._pull(handoff))
             elif self.copy is Copy.LISTENING:
                 self._guest.violations.append("told to run a copy that has no state")
 
         return await self._order(fence, Call.ACTIVATE, migration_id, DESTINATION, work)
 
-    async def release_source(self, fence: Fence, migration_id: str) -> pb.Handoff:
+    async def release_source(self, fence: Fence, migration_id: str, *, keep_disks: bool) -> pb.Handoff:
         async def work(handoff: pb.Handoff) -> None:
             self._guest.expect_record("the held copy is destroyed", State.FINISHING, State.DONE)
+            self._guest.expect_arrived("the held copy is destroyed")
             self._guest.set(self.name, Copy.GONE)
+            if not keep_disks:
+                self._guest.remove_images(self.name)
             self._to(handoff, RELEASED)
 
         return await self._order(fence, Call.RELEASE, migration_id, SOURCE, work)
 
     async def finalize_destination(self, fence: Fence, migration_id: str) -> pb.Handoff:
         async def work(handoff: pb.Handoff) -> None:
+            self._guest.expect_arrived("the pull is ended")
+            handoff.ended = self.copy is Copy.GONE
             self._to(handoff, FINALIZED)
 
         return await self._order(fence, Call.FINALIZE, migration_id, DESTINATION, work)
@@ -252,6 +251,7 @@ class FakeHost:
             else:
                 handoff.never_ran = self.copy is not Copy.RUNNING
                 self._guest.set(self.name, Copy.GONE)
+                self._guest.remove_images(self.name)
             self._to(handoff, ABORTED, reason)
 
         is_evicted = fenced and role == DESTINATION
@@ -260,10 +260,12 @@ class FakeHost:
     async def _order(
         self, fence: Fence, call: Call, migration_id: str, role: Role, work: Callable[[pb.Handoff], Awaitable[None]]
     ) -> pb.Handoff:
+        self._must_be_on()
         if fence.term < self.term and not self.bugs.ignores_terms:
             raise PreconditionError(f"term {fence.term} is over: this agent has obeyed term {self.term}")
         self.term = max(self.term, fence.term)
         async with self._lock:
+            self._must_be_on()
             known = self.handoffs.get((migration_id, role))
             verdict = judge(call, role, known.state if known else None)
             if verdict.answer is Answer.REFUSE:
@@ -286,6 +288,29 @@ class FakeHost:
             self._to(handoff, FAILED, "libvirt does not answer")
         else:
             raise DeadlineError("libvirt does not answer")
+
+    def _must_be_on(self) -> None:
+        if self.is_off:
+            raise UnavailableError(f"{self.name} is off")
+
+    async def _pull(self, handoff: pb.Handoff) -> None:
+        """What the destination still lacks; QEMU need not be there for that."""
+        left_s = self.pull_s
+        while handoff.pulling and handoff.state not in FINAL_STATES:
+            await asyncio.sleep(TICK_S)
+            source = self.peer.handoffs.get((handoff.migration_id, SOURCE))
+            starves = self.peer.is_off or source is None or source.state != HELD
+            reading = DiskProgress(target="vda", phase=DiskPhase.DISK_PHASE_PULLING)
+            reading.decision = "nothing comes" if starves else ""
+            del handoff.progress.disks[:]
+            handoff.progress.disks.append(reading)
+            if self.is_off or starves or handoff.state in FINAL_STATES:
+                continue
+            left_s -= TICK_S
+            if left_s <= 0:
+                self._guest.is_whole_at(self.name)
+                handoff.pulling = False
+                self._spawn(self._notify())
 
     async def _transfer(self, handoff: pb.Handoff) -> None:
         """QEMU's migration, from its start until the guest is held or runs on."""

@@ -16,6 +16,7 @@ from handoff_controller.machine import (
     State,
     Step,
     enter,
+    is_taken_back,
     next_state,
     state_of,
 )
@@ -162,6 +163,14 @@ def test_the_first_reason_of_an_abort_stays() -> None:
     aborting = enter(migration(), State.ABORTING, at=EPOCH, term=1, reason="first")
 
     assert enter(aborting, State.ABORTED, at=EPOCH, term=1, reason="second").error == "first"
+
+
+def test_a_guest_is_taken_back_only_by_an_abort_after_the_commit() -> None:
+    undone = enter(migration(), State.ABORTING, at=EPOCH, term=1)
+    committed = enter(migration(), State.COMMITTED, at=EPOCH, term=1)
+    back = enter(committed, State.ABORTING, at=EPOCH, term=1)
+
+    assert [is_taken_back(one) for one in (undone, committed, back)] == [False, False, True]
 
 
 def test_clocks_that_ran_back_make_no_negative_total() -> None:

@@ -3,9 +3,10 @@
 import asyncio
 from typing import cast
 
+import pytest
 from instant_agents import InstantAgent
 from leading import Lead
-from records import UUID, guest, migration
+from records import EPOCH, UUID, guest, migration
 
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState
 from handoff.agent.v1.types_pb2 import Fence
@@ -13,7 +14,7 @@ from handoff.controller.v1.migrations_pb2 import Recovery
 from handoff_controller.agents import GrpcAgent
 from handoff_controller.etcd.client import EtcdClient
 from handoff_controller.etcd.txn import put
-from handoff_controller.machine import State
+from handoff_controller.machine import State, enter
 from handoff_controller.settle import Settler
 from handoff_controller.store import GUESTS, MIGRATIONS, Reader, encode
 
@@ -46,9 +47,14 @@ async def test_a_handoff_without_a_record_is_told_and_left_alone(client: EtcdCli
     assert settles.unsettled == {"h1": {"m1"}}
 
 
-async def test_a_fenced_hosts_copy_is_evicted_when_it_is_back(client: EtcdClient, empty: None, lead: Lead) -> None:
-    record = migration("m1", state=State.ABORTED)
-    record.recovery.CopyFrom(Recovery(fenced_host="h2"))
+@pytest.mark.parametrize("given_up_last", ["h2", "h1"])
+async def test_a_fenced_hosts_copy_is_evicted_when_it_is_back(
+    client: EtcdClient, empty: None, lead: Lead, given_up_last: str
+) -> None:
+    record = migration("m1")
+    for state in (State.COMMITTED, State.FINISHING, State.ABORTING, State.ABORTED):
+        record = enter(record, state, at=EPOCH, term=1)
+    record.recovery.CopyFrom(Recovery(fenced_host=given_up_last))
     await client.txn([], [put(MIGRATIONS + "m1", encode(record)), put(GUESTS + UUID, encode(guest()))])
     agents = InstantAgent("h2"), InstantAgent("h1")
     agents[0].handoffs, agents[1].handoffs = [RAN], [HELD]

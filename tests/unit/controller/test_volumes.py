@@ -66,7 +66,7 @@ def test_a_provider_is_a_service_or_a_command(given: dict[str, object]) -> None:
 
 async def test_the_first_that_matches_is_asked(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    tell = 'echo "$(basename $0) $* $HANDOFF_VOLUME_SERVERS" >>' + str(log)
+    tell = 'echo "$(basename $0) $* $HANDOFF_VOLUME_SERVERS $HANDOFF_VOLUME_REVISION" >>' + str(log)
     volumes = Volumes(
         [
             VolumeSettings(protocol="rbd", name="fast/*", command=script(tmp_path / "fast", tell)),
@@ -74,13 +74,13 @@ async def test_the_first_that_matches_is_asked(tmp_path: Path) -> None:
         ]
     )
 
-    await volumes.grant(pb.Volume(protocol="rbd", name="fast/a", servers=["m1:6789", "m2:"]), "h2")
-    await volumes.revoke(pb.Volume(protocol="rbd", name="slow/a"), "h1")
-    await volumes.grant(WEB, "h2")
+    await volumes.grant(pb.Volume(protocol="rbd", name="fast/a", servers=["m1:6789", "m2:"]), "h2", 7)
+    await volumes.revoke(pb.Volume(protocol="rbd", name="slow/a"), "h1", 8)
+    await volumes.grant(WEB, "h2", 9)
 
     assert log.read_text().splitlines() == [
-        "fast --site grant rbd:fast/a h2 m1:6789 m2:",
-        "slow --site revoke rbd:slow/a h1 ",
+        "fast --site grant rbd:fast/a h2 m1:6789 m2: 7",
+        "slow --site revoke rbd:slow/a h1  8",
     ]
 
 
@@ -89,11 +89,11 @@ async def test_a_command_that_does_not_do_it(tmp_path: Path) -> None:
         return Volumes([VolumeSettings(command=script(tmp_path / "access", body), timeout_s=timeout_s)])
 
     with pytest.raises(UnavailableError, match=r"nbd:web can't be given to h2: .* failed with status 3: no such array"):
-        await provided("echo no such array; exit 3").grant(WEB, "h2")
+        await provided("echo no such array; exit 3").grant(WEB, "h2", 1)
     with pytest.raises(DeadlineError, match=r"nbd:web can't be taken from h1: .* did not end within 0.2 s"):
-        await provided("exec sleep 60", timeout_s=0.2).revoke(WEB, "h1")
+        await provided("exec sleep 60", timeout_s=0.2).revoke(WEB, "h1", 1)
     with pytest.raises(UnavailableError, match="can't be run: No such file"):
-        await Volumes([VolumeSettings(command=("/nowhere/access",))]).grant(WEB, "h2")
+        await Volumes([VolumeSettings(command=("/nowhere/access",))]).grant(WEB, "h2", 1)
 
 
 class Array(access_pb2_grpc.VolumeAccessServiceServicer):
@@ -101,14 +101,18 @@ class Array(access_pb2_grpc.VolumeAccessServiceServicer):
 
     def __init__(self) -> None:
         self.hosts: set[str] = {"h1"}
+        self.revisions: dict[str, int] = {}
 
     async def GrantAccess(self, request: pb.GrantAccessRequest, context: Context) -> pb.GrantAccessResponse:  # noqa: N802
         if request.volume != WEB:
             raise NotFoundError(f"no volume {request.volume.name}")
         self.hosts.add(request.host)
+        self.revisions[request.host] = request.revision
         return pb.GrantAccessResponse()
 
     async def RevokeAccess(self, request: pb.RevokeAccessRequest, context: Context) -> pb.RevokeAccessResponse:  # noqa: N802
+        if request.revision < self.revisions.get(request.host, 0):
+            raise PreconditionError("too late")
         self.hosts.discard(request.host)
         return pb.RevokeAccessResponse()
 
@@ -119,18 +123,20 @@ async def test_a_storage_system_with_the_service(tmp_path: Path) -> None:
     volumes = Volumes([VolumeSettings(protocol="nbd", service=address, timeout_s=2)])
     try:
         with pytest.raises(UnavailableError, match="nbd:web can't be given to h2: storage at unix"):
-            await volumes.grant(WEB, "h2")
+            await volumes.grant(WEB, "h2", 1)
         await server.start([address])
         async with asyncio.timeout(10):
             while "h2" not in array.hosts:
                 try:
-                    await volumes.grant(WEB, "h2")
+                    await volumes.grant(WEB, "h2", 3)
                 except UnavailableError:  # the channel waits a moment before it tries again
                     await asyncio.sleep(0.1)
-        await volumes.revoke(WEB, "h1")
+        await volumes.revoke(WEB, "h1", 4)
+        with pytest.raises(PreconditionError, match=r"nbd:web can't be taken from h2: .*too late"):
+            await volumes.revoke(WEB, "h2", 2)
         assert array.hosts == {"h2"}
         with pytest.raises(NotFoundError, match="nbd:other can't be given to h2: no volume other"):
-            await volumes.grant(pb.Volume(protocol="nbd", name="other"), "h2")
+            await volumes.grant(pb.Volume(protocol="nbd", name="other"), "h2", 5)
     finally:
         await volumes.close()
         await server.stop()

@@ -15,7 +15,9 @@ waits for the new one to close that connection, which it does when it is told to
 does QEMU pause the guest, by itself, and send the state of its devices.
 """
 
-from collections.abc import Mapping
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from handoff_agent.local_sockets import cpr_socket, main_socket
@@ -31,6 +33,10 @@ COPYING_SWITCHOVER_BYTES_PER_S: Final = 1000
 # Between two QEMUs of one host; the destination must have the same.
 MULTIFD_CAPABILITY: Final = {"multifd": True}
 MULTIFD_PARAMETERS: Final[dict[str, Json]] = {"multifd-channels": 2}
+
+# After it has said that a migration ended, QEMU still has to let go of its connections.
+CLEAN_UP_S: Final = 5.0
+CLEAN_UP_POLL_S: Final = 0.01
 
 _FD_NAME: Final = "handoff"
 _CAPABILITIES: Final = {
@@ -81,7 +87,18 @@ class OutgoingMigration:
         await self._monitor.execute("migrate-set-parameters", MULTIFD_PARAMETERS)
         await self._monitor.execute("migrate", {"uri": f"unix:{path}"})
 
+    async def _until_cleaned_up(self) -> None:
+        """QEMU has let go of the last migration, if there was one. What keeps it for longer, `migrate` will tell."""
+        deadline = time.monotonic() + CLEAN_UP_S
+        while time.monotonic() < deadline:
+            instances = await self._monitor.execute("query-yank")
+            assert isinstance(instances, Sequence)
+            if {"type": "migration"} not in instances:
+                return
+            await asyncio.sleep(CLEAN_UP_POLL_S)
+
     async def _prepare(self, more: Mapping[str, bool]) -> None:
+        await self._until_cleaned_up()
         gate = {_GATE: True} if _GATE in await self._monitor.query_capabilities() else {}
         await self._monitor.set_capabilities({**_CAPABILITIES, **gate, **more})
         self._gated = bool(gate)
@@ -92,6 +109,7 @@ class OutgoingMigration:
 
     async def pass_on(self, folder: str) -> None:
         """Sends the descriptors of the memory to the QEMU that waits in `folder`; the guest runs on."""
+        await self._until_cleaned_up()
         await self._monitor.set_capabilities(_PASS_ON_CAPABILITIES)
         await self._monitor.execute("migrate-set-parameters", {_MODE: "cpr-transfer"})
         channels: list[Json] = [_channel("main", main_socket(folder)), _channel("cpr", cpr_socket(folder))]

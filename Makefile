@@ -45,7 +45,7 @@ bench-disks: setup ## local disks against `virsh migrate --copy-storage-all`, in
 bench-fast: setup ## when a guest with 1, 4, 8 GiB of data runs at the destination, into out/bench/fast.json
 	@$(PYTHON) -m bench.fast
 
-soak: setup ## every state of a migration with every fault, an hour; into out/soak/matrix.json and matrix.txt
+soak: setup ## every state of a migration with every fault; into out/soak/matrix.json and matrix.txt
 	@$(PYTHON) -m soak.run $(SOAK)
 
 bench-switch: setup ## guest's pause, network gap and lost frames, against three other ways, into out/bench/switch.json

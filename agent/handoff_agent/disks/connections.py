@@ -1,4 +1,4 @@
-"""Ends TCP connections of this host by force: QEMU can't be told anything while it waits for one in its main loop."""
+"""TCP connections to exports, which must not hold QEMU up: while it waits for one in its main loop, its guest waits."""
 
 import asyncio
 from typing import Final
@@ -6,10 +6,24 @@ from typing import Final
 import structlog
 
 from handoff_agent.disks.uris import ExportUri
+from handoff_common.errors import PreconditionError
 
 log = structlog.get_logger()
 
 TIMEOUT_S: Final = 2.0
+
+
+async def check_connection(export: ExportUri) -> None:
+    """Connects once, before QEMU does. Raises PreconditionError when that takes TIMEOUT_S, or is refused."""
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            _, writer = await asyncio.open_connection(export.host, export.port)
+    except (OSError, TimeoutError) as error:
+        reason = str(error) or f"no answer in {TIMEOUT_S:.0f} s"
+        raise PreconditionError(
+            f"can't connect to the export {export}: {reason}; is the migration network up?"
+        ) from error
+    writer.close()
 
 
 async def kill_connections(export: ExportUri) -> None:

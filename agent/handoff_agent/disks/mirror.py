@@ -26,6 +26,8 @@ COMPLETE_POLL_S: Final = 0.002
 CANCEL_POLL_S: Final = 0.02
 # After this a connection that does not let the job end is cut.
 YANK_AFTER_S: Final = 1.0
+# The guest does not run while QEMU connects; without a bound that is the kernel's, two minutes.
+OPEN_TIMEOUT_S: Final = 2
 CANCEL_TIMEOUT_S: Final = 8.0
 _CONCLUDED: Final = ("concluded", "null")
 
@@ -77,7 +79,7 @@ class Mirror:
         """Starts to mirror `node`; does nothing when the job is there. `top_only`: not what the node is backed by."""
         if await self.look() is not None:
             return
-        await self._remove_node()
+        await self._give_up_node()
         tls: dict[str, Json] = {"tls-creds": self._tls_object} if self._tls_credentials else {}
         if tls:
             await self._monitor.execute(
@@ -93,7 +95,7 @@ class Mirror:
             await self._begin(node, export, tls, speed_bytes_per_s, write_blocking=write_blocking, top_only=top_only)
         except HandoffError:
             with contextlib.suppress(HandoffError):
-                await self._remove_node()
+                await self._give_up_node()
             raise
 
     async def _begin(
@@ -113,6 +115,7 @@ class Mirror:
                 "node-name": self._node,
                 "server": {"type": "inet", "host": export.host, "port": str(export.port)},
                 "export": export.name,
+                "open-timeout": OPEN_TIMEOUT_S,
                 "discard": "unmap",
                 "detect-zeroes": "unmap",
                 **tls,
@@ -167,9 +170,10 @@ class Mirror:
             job = await self._concluded()
         if job is not None:
             await self._dismiss()
-            await self._remove_node()
             if job.error:
+                await self._give_up_node()
                 raise PreconditionError(f"disk {self.target} could not be copied: {job.error}")
+            await self._remove_node()
 
     async def _concluded(self) -> JobInfo | None:
         while True:
@@ -194,7 +198,7 @@ class Mirror:
                 yank_at = deadline
                 await self._yank()
             await asyncio.sleep(CANCEL_POLL_S)
-        await self._remove_node()
+        await self._give_up_node()
 
     async def _yank(self) -> None:
         instance: Json = {"type": "block-node", "node-name": self._node}
@@ -204,6 +208,11 @@ class Mirror:
     async def _dismiss(self) -> None:
         with contextlib.suppress(QmpError):
             await self._monitor.execute("job-dismiss", {"id": self._job})
+
+    async def _give_up_node(self) -> None:
+        """Cuts the connection first: blockdev-del flushes, and QEMU stops, guest and all, until a dead link answers."""
+        await self._yank()
+        await self._remove_node()
 
     async def _remove_node(self) -> None:
         reply = await self._monitor.execute("query-named-block-nodes", {"flat": True})

@@ -22,7 +22,7 @@ import libvirt
 from handoff.agent.v1 import disk_pb2 as pb
 from handoff_agent.companions import SourceCompanion
 from handoff_agent.disks import images, overlay
-from handoff_agent.disks.connections import kill_connections
+from handoff_agent.disks.connections import check_connection, kill_connections
 from handoff_agent.disks.mirror import JobInfo, Mirror
 from handoff_agent.disks.moves import moves_of, recorded
 from handoff_agent.disks.nodes import disk_nodes
@@ -196,6 +196,7 @@ class DepartingDisks(SourceCompanion):
                     f"disk {move.target}: this host is configured with {here}, and its destination {there}; give both"
                     " hosts their credentials"
                 )
+            await check_connection(export)
             await self._mirror(move).begin(
                 nodes[move.target].name,
                 export,

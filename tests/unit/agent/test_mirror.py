@@ -38,12 +38,13 @@ class Qemu:
         if arguments:
             message["arguments"] = arguments
         self._writer.write(json.dumps(message).encode())
-        while True:
-            reply = json.loads(await self._reader.readline())
-            if "error" in reply:
-                raise QmpError(command, reply["error"]["class"], reply["error"]["desc"])
-            if "return" in reply:
-                return reply["return"]
+        async with asyncio.timeout(20):
+            while True:
+                reply = json.loads(await self._reader.readline())
+                if "error" in reply:
+                    raise QmpError(command, reply["error"]["class"], reply["error"]["desc"])
+                if "return" in reply:
+                    return reply["return"]
 
 
 @asynccontextmanager
@@ -89,6 +90,14 @@ class Wire:
             yield ExportUri("127.0.0.1", server.sockets[0].getsockname()[1], self._export.name)
             for writer in self._writers:
                 writer.close()
+
+    async def idle(self) -> None:
+        """Until something went through it, and nothing is on its way."""
+        async with asyncio.timeout(20):
+            before = -1
+            while self.bytes == 0 or self.bytes != before:
+                before = self.bytes
+                await asyncio.sleep(0.1)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await asyncio.open_connection(self._export.host, self._export.port)
@@ -159,8 +168,9 @@ async def test_only_data_crosses_the_wire(tmp_path: Path, daemon: StorageDaemon,
     assert target.stat().st_blocks * 512 <= (DATA_MIB + 0.5) * MIB
 
 
-async def test_a_mirror_that_is_given_up_leaves_nothing(tmp_path: Path, daemon: StorageDaemon) -> None:
-    """On a link that is dead as well."""
+@pytest.mark.parametrize("idle", [True, False], ids=["idle", "busy"])
+async def test_a_mirror_that_is_given_up_leaves_nothing(tmp_path: Path, daemon: StorageDaemon, *, idle: bool) -> None:
+    """On a link that is dead as well, whether or not QEMU waits for an answer as it dies."""
     source, target = tmp_path / "source.raw", tmp_path / "target.raw"
     make_image(source, "raw")
     images.create(str(target), "raw", SIZE_MIB * MIB)
@@ -169,9 +179,11 @@ async def test_a_mirror_that_is_given_up_leaves_nothing(tmp_path: Path, daemon: 
     wire = Wire(parse_uri(uris["m1-vda"]))
     async with source_qemu(EMULATORS["10.0"], source, "raw") as qemu, wire.open() as uri:
         mirror = Mirror(qemu, "vda")
-        await mirror.begin("disk", uri, speed_bytes_per_s=4 * MIB, write_blocking=False)
+        await mirror.begin("disk", uri, speed_bytes_per_s=MIB, write_blocking=False)
         with pytest.raises(PreconditionError, match="not in step"):
             await mirror.complete()
+        if idle:
+            await wire.idle()
         wire.stuck = True
         await mirror.cancel()
         await mirror.cancel()

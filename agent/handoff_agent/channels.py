@@ -4,20 +4,16 @@ A QEMU that is told to give up while the other one hangs waits for its channels 
 they are shut down from outside, through a copy of the other QEMU's descriptors.
 """
 
-import contextlib
-import ctypes
-import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 import structlog
 
+from handoff_agent.descriptors import borrowed, holders
+
 log = structlog.get_logger()
 
-# The same number on every architecture; Python has no function for it.
-_PIDFD_GETFD: Final = 438
 _PATH_FIELD, _INODE_FIELD, _FIELDS = 7, 6, 8
 
 
@@ -32,11 +28,12 @@ class LocalChannels:
         inodes = set(_inodes(self._path))
         if not inodes:
             return
-        for pid, fd in _holders(inodes):
+        for held in holders(inodes):
             try:
-                _shut_down(pid, fd)
+                with borrowed(held) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)
             except OSError as error:
-                log.warning("a channel could not be cut", path=self._path, pid=pid, error=error.strerror)
+                log.warning("a channel could not be cut", path=self._path, pid=held.pid, error=str(error))
 
     def close(self) -> None:
         """Nothing of them is ours."""
@@ -48,28 +45,3 @@ def _inodes(path: str) -> Iterator[int]:
         fields = line.split(maxsplit=_FIELDS - 1)
         if len(fields) == _FIELDS and fields[_PATH_FIELD] == path:
             yield int(fields[_INODE_FIELD])
-
-
-def _holders(inodes: set[int]) -> Iterator[tuple[int, int]]:
-    wanted = {f"socket:[{inode}]" for inode in inodes}
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdecimal():
-            continue
-        # Processes end while we look.
-        with contextlib.suppress(OSError):
-            for descriptor in os.scandir(f"/proc/{entry.name}/fd"):
-                with contextlib.suppress(OSError):
-                    if os.readlink(descriptor.path) in wanted:  # noqa: PTH115 - thousands of them, in a hurry
-                        yield int(entry.name), int(descriptor.name)
-
-
-def _shut_down(pid: int, fd: int) -> None:
-    process = os.pidfd_open(pid)
-    try:
-        copy = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, process, fd, 0)
-        if copy < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        with socket.socket(fileno=copy) as ours:
-            ours.shutdown(socket.SHUT_RDWR)
-    finally:
-        os.close(process)

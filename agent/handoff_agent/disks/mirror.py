@@ -74,9 +74,19 @@ class Mirror:
         self._node = f"handoff-to-{target}"
 
     async def begin(
-        self, node: str, export: ExportUri, *, speed_bytes_per_s: int, write_blocking: bool, top_only: bool = False
+        self,
+        node: str,
+        export: ExportUri,
+        *,
+        speed_bytes_per_s: int,
+        write_blocking: bool,
+        top_only: bool = False,
+        in_flight_bytes: int = 0,
     ) -> None:
-        """Starts to mirror `node`; does nothing when the job is there. `top_only`: not what the node is backed by."""
+        """Starts to mirror `node`; does nothing when the job is there. `top_only`: not what the node is backed by.
+
+        `in_flight_bytes`: what may be on its way at once; 0: as QEMU likes.
+        """
         if await self.look() is not None:
             return
         await self._give_up_node()
@@ -92,22 +102,28 @@ class Mirror:
                 },
             )
         try:
-            await self._begin(node, export, tls, speed_bytes_per_s, write_blocking=write_blocking, top_only=top_only)
+            await self._add_node(export, tls)
+            await self._monitor.execute(
+                "blockdev-mirror",
+                {
+                    "job-id": self._job,
+                    "device": node,
+                    "target": self._node,
+                    "sync": "top" if top_only else "full",
+                    "speed": speed_bytes_per_s,
+                    "buf-size": in_flight_bytes,
+                    "on-source-error": "report",
+                    "on-target-error": "report",
+                    "copy-mode": "write-blocking" if write_blocking else "background",
+                    "auto-dismiss": False,
+                },
+            )
         except HandoffError:
             with contextlib.suppress(HandoffError):
                 await self._give_up_node()
             raise
 
-    async def _begin(
-        self,
-        node: str,
-        export: ExportUri,
-        tls: Mapping[str, Json],
-        speed_bytes_per_s: int,
-        *,
-        write_blocking: bool,
-        top_only: bool,
-    ) -> None:
+    async def _add_node(self, export: ExportUri, tls: Mapping[str, Json]) -> None:
         await self._monitor.execute(
             "blockdev-add",
             {
@@ -119,20 +135,6 @@ class Mirror:
                 "discard": "unmap",
                 "detect-zeroes": "unmap",
                 **tls,
-            },
-        )
-        await self._monitor.execute(
-            "blockdev-mirror",
-            {
-                "job-id": self._job,
-                "device": node,
-                "target": self._node,
-                "sync": "top" if top_only else "full",
-                "speed": speed_bytes_per_s,
-                "on-source-error": "report",
-                "on-target-error": "report",
-                "copy-mode": "write-blocking" if write_blocking else "background",
-                "auto-dismiss": False,
             },
         )
 

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final
@@ -27,14 +27,15 @@ from handoff_agent.disks.mirror import JobInfo, Mirror
 from handoff_agent.disks.moves import moves_of, recorded
 from handoff_agent.disks.nodes import disk_nodes
 from handoff_agent.disks.pace import Sample, decide, rate_bytes_per_s
+from handoff_agent.disks.pacing import Pacing, in_flight_bytes
 from handoff_agent.disks.plan import MOVED, PULL
 from handoff_agent.disks.settings import StorageSettings
 from handoff_agent.disks.storage_daemon import Address, Export, StorageDaemon, find_binary
-from handoff_agent.disks.uris import parse_uri
+from handoff_agent.disks.uris import ExportUri, parse_uri
 from handoff_agent.domains import is_active
 from handoff_agent.guests import layers, parse_domain
 from handoff_agent.handoff import Handoff
-from handoff_agent.monitor import Json, Monitor
+from handoff_agent.monitor import Json, Monitor, QmpError
 from handoff_agent.slots import Slot
 from handoff_common.errors import DeadlineError, HandoffError, PreconditionError, UnavailableError
 
@@ -84,6 +85,7 @@ class DepartingDisks(SourceCompanion):
         """Disks whose writes wait for the destination."""
         self._why_blocking: dict[str, str] = {}
         self._sharing = 0
+        self._pacing = Pacing(threads)
         self._keeping: asyncio.Task[None] | None = None
         self._kept_enough = asyncio.Event()
         self._began_s = time.monotonic()
@@ -183,6 +185,8 @@ class DepartingDisks(SourceCompanion):
         xml = await self._slot.on_domain(self._handoff.record.domain_uuid, lambda domain: domain.XMLDesc(0))
         nodes = await disk_nodes(self._monitor, parse_domain(xml))
         can_change = await self._can_change()
+        rate = self._handoff.record.bandwidth_bytes_per_s
+        in_flight = in_flight_bytes(rate, len(moved)) if can_change else 0
         for move in moved:
             if move.target not in nodes:
                 raise PreconditionError(f"disk {move.target} is not in QEMU any more")
@@ -200,17 +204,51 @@ class DepartingDisks(SourceCompanion):
             await self._mirror(move).begin(
                 nodes[move.target].name,
                 export,
-                speed_bytes_per_s=self._handoff.record.bandwidth_bytes_per_s // len(moved),
+                speed_bytes_per_s=rate // len(moved),
                 write_blocking=not can_change,
                 top_only=move.strategy == PULL,
+                in_flight_bytes=in_flight,
             )
+        if in_flight and not self._blocking:
+            await self._pace()
         await self._until_in_step()
+
+    async def _pace(self) -> None:
+        """Bounds what is sent instead of what is gone through, where the kernel lets us."""
+        try:
+            await self._pacing.begin(self._exports(), self._handoff.record.bandwidth_bytes_per_s)
+        except OSError as error:
+            self._handoff.log.warning("disks are not paced: zeros count against the bandwidth", error=str(error))
+            return
+        await self._set_speeds(0)
+
+    async def _end_pace(self) -> None:
+        try:
+            await self._pacing.end(self._exports())
+        except OSError as error:  # its mirror has failed, and tells why
+            self._handoff.log.warning("pace stays", error=str(error))
+
+    async def _back_to_speeds(self, error: str = "") -> None:
+        """From now on QEMU bounds what is gone through: a guest's writes, which wait, don't count then."""
+        self._handoff.log.info("disks are not paced any more: zeros count against the bandwidth", error=error)
+        await self._set_speeds(self._handoff.record.bandwidth_bytes_per_s // self._sharing)
+        await self._end_pace()
+
+    async def _set_speeds(self, bytes_per_s: int) -> None:
+        for mirror in self._mirrors():
+            with contextlib.suppress(QmpError):  # it has failed; whoever looks at it tells why
+                await mirror.set_speed(bytes_per_s)
+
+    def _exports(self) -> Sequence[ExportUri]:
+        return [parse_uri(move.uri) for move in self._moved() if move.uri]
 
     async def ordered(self) -> None:
         """Makes the guest's writes wait for the destination, and lets what is left be sent. Raises as `begin` does."""
         mirrors = self._mirrors()
         if not mirrors:
             return
+        if self._handoff.record.bandwidth_bytes_per_s:
+            await self._end_pace()
         for mirror in mirrors:
             _healthy(mirror.target, await mirror.look())
             await mirror.set_speed(0)
@@ -295,8 +333,15 @@ class DepartingDisks(SourceCompanion):
     async def _until_in_step(self) -> None:
         waits_s = FIRST_LOOKS_S
         while not await self._report():
-            await asyncio.sleep(min(waits_s, self._soonest_s()))
+            await self._wait(self._pacing.wait(min(waits_s, self._soonest_s())))
             waits_s = min(2 * waits_s, LOOK_INTERVAL_S)
+        await self._wait(self._pacing.settle())
+
+    async def _wait(self, pacing: Awaitable[None]) -> None:
+        try:
+            await pacing
+        except OSError as error:
+            await self._back_to_speeds(str(error))
 
     def _soonest_s(self) -> float:
         """When the next mirror may be in step: until that is seen nothing else is sent."""
@@ -309,6 +354,8 @@ class DepartingDisks(SourceCompanion):
         readings = [await self._look_at(mirror) for mirror in self._mirrors()]
         self._handoff.disk_progress = readings
         behind = [reading.target for reading in readings if reading.phase == pb.DISK_PHASE_SENDING]
+        if self._pacing.on and self._blocking:
+            await self._back_to_speeds()
         await self._share_out(behind)
         return not behind
 
@@ -337,7 +384,9 @@ class DepartingDisks(SourceCompanion):
         limit = self._handoff.record.bandwidth_bytes_per_s
         if not limit or len(behind) == self._sharing:
             return
-        self._sharing = len(behind)
+        self._sharing = max(1, len(behind))
+        if self._pacing.on:
+            return
         for mirror in self._mirrors():
             if mirror.target in behind:
                 await mirror.set_speed(limit // len(behind))

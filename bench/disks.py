@@ -9,8 +9,10 @@ Every pair of formats, and three contents of a 1 GiB disk:
 
 Each move is of a new guest, so that both find the same image. Of each are kept: the bytes that the source's host sent,
 by its interface's counter; those of the memory, by QEMU's count; what the image at the destination has allocated; the
-time until the command or the API says that it is done. Both are told the same rate, and `link_use` is the rate in the
-middle of the transfer by that. The disk's content is compared with what was made after each of our moves.
+time until the command or the API says that it is done. Both are told the same rate, and two figures are by that:
+`link_use`, the rate between the first and the last tenth of all bytes, so without the time before and after them, but
+with all that lies between the disk and the memory; and `most_in_1s`, the largest rate over a second until the last
+tenth. The disk's content is compared with what was made after each of our moves.
 """
 
 import asyncio
@@ -42,7 +44,13 @@ SIZE_MIB, MEMORY_MIB = 1024, 128
 RATE_MIB_PER_S = 64
 DEADLINE_S = 300.0
 SETTLE_S = 1.0
-MOST_WIRE, MOST_ALLOCATED, LEAST_LINK_USE = 1.02, 1.02, 0.95
+MOST_WIRE, MOST_ALLOCATED, LEAST_LINK_USE, MOST_IN_1S = 1.02, 1.02, 0.95, 1.05
+MEASURES = {
+    "wire": "bytes sent beside the memory, by the disk's data",
+    "allocated": "bytes allocated at the destination, by the disk's data",
+    "link_use": "rate from a tenth to nine tenths of all bytes sent, disk and memory, by the set rate",
+    "most_in_1s": "largest rate over 1 s, from the first byte to nine tenths of them, by the set rate",
+}
 
 
 Cells: TypeAlias = dict[str, dict[str, dict[str, float]]]
@@ -60,6 +68,7 @@ class Reading:
     wire: float
     allocated: float
     link_use: float
+    most_in_1s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +132,11 @@ class Bench:
             wire=round((wire.sent_bytes - ram_bytes) / cell.data_bytes, 4),
             allocated=round(found.disk.allocated_bytes / cell.data_bytes, 4),
             link_use=round(wire.middle_bytes_per_s() / (RATE_MIB_PER_S * MIB), 3),
+            most_in_1s=round(wire.most_bytes_per_s() / (RATE_MIB_PER_S * MIB), 3),
         )
         click.echo(
             f"{cell.name:18} {who:5} {reading.total_ms:8.0f} ms, wire {reading.wire:.3f}, "
-            f"allocated {reading.allocated:.3f}, link {reading.link_use:.2f}"
+            f"allocated {reading.allocated:.3f}, link {reading.link_use:.2f}, in 1 s {reading.most_in_1s:.2f}"
         )
         return reading
 
@@ -171,16 +181,18 @@ class Target:
 
 
 def targets(cells: Cells) -> dict[str, Target]:
-    """Of our moves. `link_use` counts where the data takes seconds."""
-    ours = {name: cell["ours"] for name, cell in cells.items()}
-    wire = max(reading["wire"] for reading in ours.values())
-    allocated = max(reading["allocated"] for reading in ours.values())
-    found = {
-        "wire": Target(wire, MOST_WIRE, wire <= MOST_WIRE),
-        "allocated": Target(allocated, MOST_ALLOCATED, allocated <= MOST_ALLOCATED),
-    }
-    if links := [reading["link_use"] for name, reading in ours.items() if name.endswith("half")]:
-        found["link_use"] = Target(min(links), LEAST_LINK_USE, min(links) >= LEAST_LINK_USE)
+    """Of our moves."""
+
+    def figures(name: str) -> list[float]:
+        # A report that is added to may be older than the figure.
+        return [cell["ours"][name] for cell in cells.values() if name in cell["ours"]]
+
+    found = {}
+    for name, most in (("wire", MOST_WIRE), ("allocated", MOST_ALLOCATED), ("most_in_1s", MOST_IN_1S)):
+        worst = max(figures(name))
+        found[name] = Target(worst, most, worst <= most)
+    least = min(figures("link_use"))
+    found["link_use"] = Target(least, LEAST_LINK_USE, least >= LEAST_LINK_USE)
     return found
 
 
@@ -200,7 +212,7 @@ def write(release: str, cells: Cells, report: dict[str, object]) -> dict[str, Ta
         "ours_by_virsh": {name: against_virsh(cell) for name, cell in cells.items()},
         "cells": cells,
     }
-    report["rate_mib_per_s"], report["load_average"] = RATE_MIB_PER_S, os.getloadavg()
+    report["rate_mib_per_s"], report["load_average"], report["measures"] = RATE_MIB_PER_S, os.getloadavg(), MEASURES
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text(json.dumps(report, indent=2) + "\n")
     return met

@@ -51,12 +51,21 @@ class Wire:
 
     def middle_bytes_per_s(self) -> float:
         """Rate in the middle of what was sent; 0 when that took less than two samples."""
+        middle = self._part(*MIDDLE)
+        return _rate(middle[0], middle[-1]) if len(middle) > 1 else 0.0
+
+    def most_bytes_per_s(self, over_s: float = 1.0) -> float:
+        """The largest rate over such a time, until the end of the middle; 0 when it took less."""
+        samples = self._part(0, MIDDLE[1])
+        starts = enumerate(samples)
+        spans = ((one, next((to for to in samples[n:] if to.at_s >= one.at_s + over_s), None)) for n, one in starts)
+        return max((_rate(one, to) for one, to in spans if to is not None), default=0.0)
+
+    def _part(self, begin: float, end: float) -> list[Sample]:
+        """The samples between two parts of all bytes."""
         first, total = self._samples[0].sent_bytes, self.sent_bytes
-        low, high = (first + part * total for part in MIDDLE)
-        middle = [sample for sample in self._samples if low <= sample.sent_bytes <= high]
-        if len(middle) < 2:
-            return 0.0
-        return (middle[-1].sent_bytes - middle[0].sent_bytes) / (middle[-1].at_s - middle[0].at_s)
+        low, high = (first + part * total for part in (begin, end))
+        return [sample for sample in self._samples if low <= sample.sent_bytes <= high]
 
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL_S):
@@ -68,3 +77,7 @@ class Wire:
             if name.strip() == INTERFACE:
                 return Sample(time.monotonic(), int(fields.split()[8]))
         raise OSError(f"no {INTERFACE} in {self._counters}")
+
+
+def _rate(one: Sample, another: Sample) -> float:
+    return (another.sent_bytes - one.sent_bytes) / (another.at_s - one.at_s)

@@ -1,7 +1,7 @@
 """The mirror of one disk into an export of another host, over QMP; mechanism only.
 
-    begin      blockdev-add (nbd), blockdev-mirror           [running]
-               (with TLS, object-add before)
+    connect    blockdev-add (nbd); with TLS, object-add before
+    begin      blockdev-mirror                               [running]
                                                              [ready]: each write goes to both
     complete   block-job-cancel, without force               [concluded]
     cancel     block-job-cancel, with force; yank where the link is dead
@@ -73,23 +73,51 @@ class Mirror:
         self._job = f"handoff-{target}"
         self._node = f"handoff-to-{target}"
 
+    async def connect(self, export: ExportUri) -> None:
+        """Opens the export, before `begin`; does nothing when the job is there."""
+        if await self.look() is not None:
+            return
+        await self._give_up_node()
+        try:
+            await self._add_node(export)
+        except HandoffError:
+            with contextlib.suppress(HandoffError):
+                await self._give_up_node()
+            raise
+
     async def begin(
         self,
         node: str,
-        export: ExportUri,
         *,
         speed_bytes_per_s: int,
         write_blocking: bool,
         top_only: bool = False,
         in_flight_bytes: int = 0,
     ) -> None:
-        """Starts to mirror `node`; does nothing when the job is there. `top_only`: not what the node is backed by.
+        """Starts to mirror `node`; does nothing when the job is there.
 
-        `in_flight_bytes`: what may be on its way at once; 0: as QEMU likes.
+        `top_only`: not what the node is backed by. `in_flight_bytes`: what may be on its way at once, whole MiB, or
+        copies would begin within them and take zeros along with data; 0: as QEMU likes.
         """
         if await self.look() is not None:
             return
-        await self._give_up_node()
+        await self._monitor.execute(
+            "blockdev-mirror",
+            {
+                "job-id": self._job,
+                "device": node,
+                "target": self._node,
+                "sync": "top" if top_only else "full",
+                "speed": speed_bytes_per_s,
+                "buf-size": in_flight_bytes,
+                "on-source-error": "report",
+                "on-target-error": "report",
+                "copy-mode": "write-blocking" if write_blocking else "background",
+                "auto-dismiss": False,
+            },
+        )
+
+    async def _add_node(self, export: ExportUri) -> None:
         tls: dict[str, Json] = {"tls-creds": self._tls_object} if self._tls_credentials else {}
         if tls:
             await self._monitor.execute(
@@ -101,29 +129,6 @@ class Mirror:
                     "dir": self._tls_credentials,
                 },
             )
-        try:
-            await self._add_node(export, tls)
-            await self._monitor.execute(
-                "blockdev-mirror",
-                {
-                    "job-id": self._job,
-                    "device": node,
-                    "target": self._node,
-                    "sync": "top" if top_only else "full",
-                    "speed": speed_bytes_per_s,
-                    "buf-size": in_flight_bytes,
-                    "on-source-error": "report",
-                    "on-target-error": "report",
-                    "copy-mode": "write-blocking" if write_blocking else "background",
-                    "auto-dismiss": False,
-                },
-            )
-        except HandoffError:
-            with contextlib.suppress(HandoffError):
-                await self._give_up_node()
-            raise
-
-    async def _add_node(self, export: ExportUri, tls: Mapping[str, Json]) -> None:
         await self._monitor.execute(
             "blockdev-add",
             {

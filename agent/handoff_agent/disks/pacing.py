@@ -15,7 +15,7 @@ from handoff_agent.disks.uris import ExportUri
 TICK_S: Final = 0.1
 # What is on its way holds up whoever waits for the disk to be idle: QEMU as a whole when the guest is paused or reset.
 IN_FLIGHT_S: Final = 0.2
-# QEMU copies by so much at once.
+# QEMU copies by so much at once; a copy that begins elsewhere takes zeros along with data.
 LEAST_IN_FLIGHT_BYTES: Final = 1 << 20
 MOST_IN_FLIGHT_BYTES: Final = 16 << 20
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 def in_flight_bytes(rate_bytes_per_s: int, disks: int) -> int:
     """How much of one disk may be on its way when its connection is paced; 0: the rate is too low for that."""
     fits = int(rate_bytes_per_s * IN_FLIGHT_S) // disks
-    return min(fits, MOST_IN_FLIGHT_BYTES) if fits >= LEAST_IN_FLIGHT_BYTES else 0
+    return min(fits - fits % LEAST_IN_FLIGHT_BYTES, MOST_IN_FLIGHT_BYTES)
 
 
 class Pacing:

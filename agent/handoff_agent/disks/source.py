@@ -201,26 +201,28 @@ class DepartingDisks(SourceCompanion):
                     " hosts their credentials"
                 )
             await check_connection(export)
+            await self._mirror(move).connect(export)
+        if in_flight:
+            await self._pace()
+        for move in moved:
             await self._mirror(move).begin(
                 nodes[move.target].name,
-                export,
-                speed_bytes_per_s=rate // len(moved),
+                speed_bytes_per_s=0 if self._pacing.on else rate // len(moved),
                 write_blocking=not can_change,
                 top_only=move.strategy == PULL,
                 in_flight_bytes=in_flight,
             )
-        if in_flight and not self._blocking:
-            await self._pace()
         await self._until_in_step()
 
     async def _pace(self) -> None:
         """Bounds what is sent instead of what is gone through, where the kernel lets us."""
+        exports, rate = self._exports(), self._handoff.record.bandwidth_bytes_per_s
         try:
-            await self._pacing.begin(self._exports(), self._handoff.record.bandwidth_bytes_per_s)
+            await self._pacing.begin(exports, rate)
         except OSError as error:
             self._handoff.log.warning("disks are not paced: zeros count against the bandwidth", error=str(error))
-            return
-        await self._set_speeds(0)
+        # Mirrors that another agent began may have the other bound.
+        await self._set_speeds(0 if self._pacing.on else rate // len(exports))
 
     async def _end_pace(self) -> None:
         try:

@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import socket
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -17,7 +19,10 @@ from one_host import domains, remove_all
 from test_handoffs import LIMITS, MEMORY_MIB, Host, Move, frozen
 from test_mirror import Wire
 
+from handoff_agent.descriptors import borrowed
 from handoff_agent.destination import DestinationHandoff
+from handoff_agent.disks import flows
+from handoff_agent.disks.moves import moves_of
 from handoff_agent.disks.storage_daemon import StorageDaemon
 from handoff_agent.disks.uris import parse_uri
 from handoff_agent.events import ConnectionEvent
@@ -40,6 +45,7 @@ from handoff_agent.rules import (
 from handoff_agent.settings import HostTypeSettings
 from handoff_common.errors import PreconditionError
 
+SO_MAX_PACING_RATE = 47
 DATA_MIB = 24
 ZEROS_MIB = 16
 SIZE_MIB = 256
@@ -244,12 +250,21 @@ async def sending(move: Move) -> None:
     assert handoff.state == TRANSFERRING
 
 
+def pace(move: Move) -> int:
+    """What QEMU's connection for the disk may send, in bytes a second."""
+    export = parse_uri(moves_of(move.source.handoffs.get(move.id, SOURCE).record)[0].uri)
+    (flow,) = flows.find(export.host, export.port)
+    with borrowed(flow) as connection:
+        return int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 8), sys.byteorder)
+
+
 @pytest.mark.parametrize("formats", [("qcow2", "raw")], ids=["qcow2-raw"])
 async def test_agents_and_libvirtd_that_end_in_the_copy_are_no_matter(move: Move) -> None:
-    """QEMU and the storage daemon go on, and are found again."""
+    """QEMU and the storage daemon go on, and are found again; QEMU keeps to its pace meanwhile."""
     move = replace(move, bandwidth=6 << 20)
     await move.advance(TRANSFERRING)
     await sending(move)
+    assert pace(move) == move.bandwidth
     with frozen(move.source), move.source.slot.events() as events:
         await move.source.restart()
         await move.target.restart()
@@ -257,6 +272,7 @@ async def test_agents_and_libvirtd_that_end_in_the_copy_are_no_matter(move: Move
             while not isinstance(await events.next(), ConnectionEvent):
                 pass
     assert (await move.until(READY)).state == READY
+    assert pace(move) == move.bandwidth
     await move.source.handoffs.source(move.id, Call.SWITCH_OVER).switch_over()
     assert (await move.until(HELD)).state == HELD
     await move.target.restart()

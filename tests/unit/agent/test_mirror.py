@@ -151,8 +151,10 @@ async def test_only_data_crosses_the_wire(tmp_path: Path, daemon: StorageDaemon,
     wire = Wire(parse_uri((await daemon.start(binary, [export], ADDRESS))["m1-vda"]))
     async with source_qemu(binary, source, from_format) as qemu, wire.open() as uri:
         mirror = Mirror(qemu, "vda")
-        await mirror.begin("disk", uri, speed_bytes_per_s=0, write_blocking=False)
-        await mirror.begin("disk", uri, speed_bytes_per_s=0, write_blocking=False)
+        await mirror.connect(uri)
+        await mirror.begin("disk", speed_bytes_per_s=0, write_blocking=False)
+        await mirror.connect(uri)
+        await mirror.begin("disk", speed_bytes_per_s=0, write_blocking=False)
         await until(mirror)
         can_change = await mirror.block_writes()
         assert can_change == (release != "7.2")
@@ -179,7 +181,8 @@ async def test_a_mirror_that_is_given_up_leaves_nothing(tmp_path: Path, daemon: 
     wire = Wire(parse_uri(uris["m1-vda"]))
     async with source_qemu(EMULATORS["10.0"], source, "raw") as qemu, wire.open() as uri:
         mirror = Mirror(qemu, "vda")
-        await mirror.begin("disk", uri, speed_bytes_per_s=MIB, write_blocking=False)
+        await mirror.connect(uri)
+        await mirror.begin("disk", speed_bytes_per_s=MIB, write_blocking=False)
         with pytest.raises(PreconditionError, match="not in step"):
             await mirror.complete()
         if idle:
@@ -203,7 +206,8 @@ async def test_a_destination_that_goes_away_is_told(tmp_path: Path, daemon: Stor
     uris = await daemon.start(binary, [Export("m1-vda", str(target), "raw", writable=True)], ADDRESS)
     async with source_qemu(binary, source, "raw") as qemu:
         mirror = Mirror(qemu, "vda")
-        await mirror.begin("disk", parse_uri(uris["m1-vda"]), speed_bytes_per_s=4 * MIB, write_blocking=False)
+        await mirror.connect(parse_uri(uris["m1-vda"]))
+        await mirror.begin("disk", speed_bytes_per_s=4 * MIB, write_blocking=False)
         await daemon.stop()
         job = await until(mirror, concluded=True)
         assert job.error
@@ -234,7 +238,8 @@ async def test_a_destination_that_gets_full_is_told_and_the_source_does_not_care
     uri = parse_uri((await daemon.start(find_binary(binary), [export], ADDRESS))["m1-vda"])
     async with source_qemu(binary, source, "raw") as qemu:
         mirror = Mirror(qemu, "vda")
-        await mirror.begin("disk", uri, speed_bytes_per_s=0, write_blocking=write_blocking)
+        await mirror.connect(uri)
+        await mirror.begin("disk", speed_bytes_per_s=0, write_blocking=write_blocking)
         assert (await until(mirror, concluded=True)).error == "No space left on device"
         line = 'qemu-io disk "write -P 9 5M 1M"'
         assert not await qemu.execute("human-monitor-command", {"command-line": line})
@@ -341,10 +346,12 @@ async def test_a_mirror_by_tls_is_for_those_with_a_certificate(tmp_path: Path, d
         for credentials in ("", str(others)):
             stranger = Mirror(qemu, "vda", tls_credentials=credentials)
             with pytest.raises(QmpError):
-                await stranger.begin("disk", uri, speed_bytes_per_s=0, write_blocking=False)
+                await stranger.connect(uri)
+                await stranger.begin("disk", speed_bytes_per_s=0, write_blocking=False)
             assert await stranger.look() is None
         mirror = Mirror(qemu, "vda", tls_credentials=str(ours))
-        await mirror.begin("disk", uri, speed_bytes_per_s=0, write_blocking=False)
+        await mirror.connect(uri)
+        await mirror.begin("disk", speed_bytes_per_s=0, write_blocking=False)
         await until(mirror)
         await mirror.complete()
         left = await qemu.execute("qom-list", {"path": "/objects"})

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 from handoff_agent.descriptors import Descriptor
 from handoff_agent.disks import flows
-from handoff_agent.disks.shares import Use, even_shares, shares
+from handoff_agent.disks.shares import Use, catching_up, credit_bytes, even_shares, shares
 from handoff_agent.disks.uris import ExportUri
 
 # Between looks at who needs how much.
@@ -37,6 +37,7 @@ class Pacing:
         self._shares: list[int] = []
         self._sent: list[int] = []
         self._looked_s = 0.0
+        self._credit = 0.0
         self._rate = 0
 
     @property
@@ -58,7 +59,7 @@ class Pacing:
         until_s = time.monotonic() + wait_s
         while (left_s := until_s - time.monotonic()) > 0:
             await asyncio.sleep(min(left_s, TICK_S))
-            if self.on and len(self._flows) > 1 and time.monotonic() - self._looked_s >= TICK_S / 2:
+            if self.on and time.monotonic() - self._looked_s >= TICK_S / 2:
                 await self._share_out()
 
     async def settle(self) -> None:
@@ -81,8 +82,9 @@ class Pacing:
             Use(share, (after - before) / elapsed_s)
             for share, before, after in zip(self._shares, self._sent, sent, strict=True)
         ]
+        self._credit = credit_bytes(self._rate, self._credit, sum(sent) - sum(self._sent), elapsed_s)
         self._sent, self._looked_s = sent, now_s
-        new = shares(self._rate, uses)
+        new = shares(catching_up(self._rate, self._credit, TICK_S), uses)
         if new != self._shares:
             await self._blocking(lambda: _bound_all(self._flows, new))
             self._shares = new

@@ -1,7 +1,8 @@
 """How connections share one rate. Pure: what each has sent of late in, what each may send from now on out.
 
-A mirror that goes through zeros sends nothing, and the others should have its share meanwhile. The shares are never
-more than the rate together, so that it holds over any time, however short, whatever the disks contain.
+A mirror that goes through zeros sends nothing, and the others should have its share meanwhile. What all of them leave
+unused for a moment is made good, but slowly: the shares are never more than the rate and CATCH_UP of it together, which
+holds over any time, however short, whatever the disks contain, and also when nobody looks any more.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from typing import Final
 BUSY: Final = 0.7
 # What one that sends nothing keeps of an even share: enough to be seen busy when data comes.
 IDLE: Final = 0.125
+# Faster than the rate, to make good what was left unused; at most that of the last moment.
+CATCH_UP: Final = 0.05
+MOMENT_S: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,17 @@ class Use:
     def busy(self) -> bool:
         """It had more to send, or may have had."""
         return self.sent_bytes_per_s >= BUSY * self.share_bytes_per_s
+
+
+def credit_bytes(rate_bytes_per_s: int, before: float, sent: int, elapsed_s: float) -> float:
+    """What may be sent above the rate after `sent` bytes in a time; below 0: what was sent too much."""
+    return min(MOMENT_S * rate_bytes_per_s, before + elapsed_s * rate_bytes_per_s - sent)
+
+
+def catching_up(rate_bytes_per_s: int, credit: float, time_s: float) -> int:
+    """The rate that uses the credit up in a time, as far as it may."""
+    most = CATCH_UP * rate_bytes_per_s
+    return int(rate_bytes_per_s + max(-most, min(most, credit / time_s)))
 
 
 def even_shares(rate_bytes_per_s: int, connections: int) -> list[int]:

@@ -48,6 +48,7 @@ SYNC_POLL_S: Final = 0.01
 ANSWER_TIMEOUT_S: Final = 0.5
 MAX_SAMPLES: Final = 2000
 BASE_LOOK_S: Final = 2.0
+NOT_PACED: Final = "disks are not paced: zeros count against the bandwidth"
 
 
 class Urgent:
@@ -204,6 +205,9 @@ class DepartingDisks(SourceCompanion):
             await self._mirror(move).connect(export)
         if in_flight:
             await self._pace()
+        elif rate:
+            why = "the rate is too low for it" if can_change else "this QEMU is too old for it"
+            self._handoff.log.info(NOT_PACED, why=why)
         for move in moved:
             await self._mirror(move).begin(
                 nodes[move.target].name,
@@ -220,7 +224,7 @@ class DepartingDisks(SourceCompanion):
         try:
             await self._pacing.begin(exports, rate)
         except OSError as error:
-            self._handoff.log.warning("disks are not paced: zeros count against the bandwidth", error=str(error))
+            self._handoff.log.warning(NOT_PACED, why=str(error))
         # Mirrors that another agent began may have the other bound.
         await self._set_speeds(0 if self._pacing.on else rate // len(exports))
 
@@ -230,9 +234,9 @@ class DepartingDisks(SourceCompanion):
         except OSError as error:  # its mirror has failed, and tells why
             self._handoff.log.warning("pace stays", error=str(error))
 
-    async def _back_to_speeds(self, error: str = "") -> None:
+    async def _back_to_speeds(self, why: str) -> None:
         """From now on QEMU bounds what is gone through: a guest's writes, which wait, don't count then."""
-        self._handoff.log.info("disks are not paced any more: zeros count against the bandwidth", error=error)
+        self._handoff.log.info(NOT_PACED, why=why)
         await self._set_speeds(self._handoff.record.bandwidth_bytes_per_s // self._sharing)
         await self._end_pace()
 
@@ -357,7 +361,7 @@ class DepartingDisks(SourceCompanion):
         self._handoff.disk_progress = readings
         behind = [reading.target for reading in readings if reading.phase == pb.DISK_PHASE_SENDING]
         if self._pacing.on and self._blocking:
-            await self._back_to_speeds()
+            await self._back_to_speeds("the guest's writes wait for the destination")
         await self._share_out(behind)
         return not behind
 

@@ -264,7 +264,7 @@ async def test_agents_and_libvirtd_that_end_in_the_copy_are_no_matter(move: Move
     move = replace(move, bandwidth=6 << 20)
     await move.advance(TRANSFERRING)
     await sending(move)
-    assert pace(move) == move.bandwidth
+    assert 0.94 * move.bandwidth < pace(move) < 1.06 * move.bandwidth
     with frozen(move.source), move.source.slot.events() as events:
         await move.source.restart()
         await move.target.restart()

@@ -49,9 +49,9 @@ class Wire:
         """All that was sent."""
         return self._samples[-1].sent_bytes - self._samples[0].sent_bytes
 
-    def middle_bytes_per_s(self) -> float:
-        """Rate in the middle of what was sent; 0 when that took less than two samples."""
-        middle = self._part(*MIDDLE)
+    def middle_bytes_per_s(self, first_bytes: int = 0) -> float:
+        """Rate in the middle of the first so many bytes, or of all; 0 when that took less than two samples."""
+        middle = self._part(*MIDDLE, first_bytes)
         return _rate(middle[0], middle[-1]) if len(middle) > 1 else 0.0
 
     def most_bytes_per_s(self, over_s: float = 1.0) -> float:
@@ -61,9 +61,9 @@ class Wire:
         spans = ((one, next((to for to in samples[n:] if to.at_s >= one.at_s + over_s), None)) for n, one in starts)
         return max((_rate(one, to) for one, to in spans if to is not None), default=0.0)
 
-    def _part(self, begin: float, end: float) -> list[Sample]:
-        """The samples between two parts of all bytes."""
-        first, total = self._samples[0].sent_bytes, self.sent_bytes
+    def _part(self, begin: float, end: float, of_bytes: int = 0) -> list[Sample]:
+        """The samples between two parts of so many bytes, or of all."""
+        first, total = self._samples[0].sent_bytes, of_bytes or self.sent_bytes
         low, high = (first + part * total for part in (begin, end))
         return [sample for sample in self._samples if low <= sample.sent_bytes <= high]
 

@@ -7,7 +7,7 @@ from bench.wire import Sample, Wire
 
 
 def moved(total_ms: float, wire: float, *, link_use: float = 0.97) -> dict[str, float]:
-    return asdict(disks.Reading(total_ms, 220 << 20, 20 << 20, 200 << 20, wire, 1.004, link_use, 1.01))
+    return asdict(disks.Reading(total_ms, 220 << 20, 20 << 20, 200 << 20, wire, 1.004, link_use, 1.01, 0.99))
 
 
 def test_targets_are_missed_by_the_worst_of_ours() -> None:
@@ -19,6 +19,7 @@ def test_targets_are_missed_by_the_worst_of_ours() -> None:
     assert (found["wire"].worst, found["wire"].met) == (1.03, False)
     assert found["allocated"].met
     assert (found["link_use"].worst, found["link_use"].met) == (0.2, False)
+    assert (found["disk_link_use"].worst, found["disk_link_use"].met) == (0.99, True)
     assert (found["most_in_1s"].worst, found["most_in_1s"].met) == (1.01, True)
     assert disks.against_virsh(cells["raw-raw-half"])["total_ms"] == 0.5
 
@@ -29,6 +30,7 @@ def test_rates_are_of_the_middle() -> None:
     counts = [0, 0, 64, 128, 192, 256, 256, 320, 384, 448, 512, 576, 600]
     wire._samples = [Sample(float(at_s), sent) for at_s, sent in enumerate(counts)]
     assert wire.middle_bytes_per_s() == 64 * 7 / 8
+    assert wire.middle_bytes_per_s(256) == 64
     assert wire.most_bytes_per_s() == 64
     assert wire.most_bytes_per_s(over_s=5) == 64 * 4 / 5
 

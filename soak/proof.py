@@ -16,6 +16,7 @@ from handoff_lab.journal import check_image
 from handoff_lab.probe import GuestControl, TcpSession
 from soak.cells import Expectation, Where
 from soak.clients import story
+from soak.disks import spoiled
 from soak.leftovers import none_left
 from soak.pulse import Pulse
 from soak.scene import OBSERVER, Cast, Scene
@@ -42,11 +43,11 @@ class Witnesses:
     """They watch the guest through a cell. Use it as a context."""
 
     def __init__(self, scene: Scene) -> None:
-        node, address = scene.fleet.node(OBSERVER), scene.guest.ip
+        node, address, interface = scene.fleet.node(OBSERVER), scene.guest.ip, scene.interface
         self._scene = scene
-        self._control = GuestControl(node, address, CONTROL_S)
-        self.pulse = Pulse.within(node, address)
-        self._session = TcpSession(node, address)
+        self._control = GuestControl(node, address, CONTROL_S, interface=interface)
+        self.pulse = Pulse.within(node, address, interface)
+        self._session = TcpSession(node, address, interface=interface)
         self._writers = Writers(scene.image)
         self._stack = AsyncExitStack()
         self._boot_id = ""
@@ -125,6 +126,8 @@ async def judge(
     if findings.where not in allowed.get(expected.where, {str(expected.where)}):
         findings.problems.append(f"the guest is {findings.where}, not {expected.where}: {story(migration)}")
     left = await none_left(scene, home, LEFTOVERS_S)
+    if scene.local_disks:
+        findings.problems += await asyncio.to_thread(spoiled, scene)
     findings.problems += [f"left behind: {what}" for what in left]
     findings.problems += await record_problems(scene, cast, migration, home)
     return findings

@@ -48,7 +48,7 @@ class Witnesses:
         self._control = GuestControl(node, address, CONTROL_S, interface=interface)
         self.pulse = Pulse.within(node, address, interface)
         self._session = TcpSession(node, address, interface=interface)
-        self._writers = Writers(scene.image)
+        self._writers = Writers({scene.image_on(host) for host in scene.lane.hosts})
         self._stack = AsyncExitStack()
         self._boot_id = ""
 
@@ -57,7 +57,7 @@ class Witnesses:
             before = await self._control.status()
             self._boot_id = before.boot_id
             if not before.journal.running:
-                await self._control.journal_start(RATE_MIB_PER_S, SPAN_MIB)
+                await self._control.journal_start(RATE_MIB_PER_S, SPAN_MIB, f"/dev/{self._scene.journal.target}")
             stack.enter_context(self._writers)
             stack.enter_context(self.pulse)
             await stack.enter_async_context(self._session)
@@ -73,8 +73,8 @@ class Witnesses:
         """Whether the guest answers."""
         return self.pulse.quiet_for_s() < 0.3
 
-    async def alive(self) -> list[str]:
-        """What the guest, which still runs, has against it."""
+    async def alive(self, home: str | None) -> list[str]:
+        """What the guest, which still runs, has against it. `home`: where; None when nobody knows."""
         problems = [self.pulse.contradiction] if self.pulse.contradiction else []
         try:
             status = await self._control.status()
@@ -87,12 +87,17 @@ class Witnesses:
         problems += await asyncio.to_thread(self._writers.problems, stopped.epoch, stopped.acked_seq)
         if not inside.intact:
             problems.append(f"the guest's journal is broken: {inside}")
-        disk = self._scene.guest.disks[0]
-        outside = await asyncio.to_thread(
-            check_image, self._scene.image, disk.format, stopped.epoch, stopped.slots, stopped.acked_seq
-        )
-        if not outside.intact:
-            problems.append(f"the journal on the disk is broken: {outside}")
+        if home is not None:
+            image, disk = self._scene.image_on(home), self._scene.journal
+            try:
+                outside = await asyncio.to_thread(
+                    check_image, image, disk.format, stopped.epoch, stopped.slots, stopped.acked_seq
+                )
+            except OSError as error:
+                problems.append(f"the journal on the disk can't be read: {error}")
+            else:
+                if not outside.intact:
+                    problems.append(f"the journal on the disk is broken: {outside}")
         if self._writers.records < FEWEST_RECORDS:
             problems.append(f"only {self._writers.records} records of the journal were seen")
         session = await self._session.close()
@@ -115,8 +120,8 @@ async def judge(
     """The verdict on a cell whose fault is over."""
     findings = Findings()
     lost = expected.where is Where.LOST
-    findings.problems += await (witnesses.dead() if lost else witnesses.alive())
     home = await asyncio.to_thread(_home, scene)
+    findings.problems += await (witnesses.dead() if lost else witnesses.alive(home))
     findings.where = _part(cast, home)
     findings.silences_ms = witnesses.pulse.silences_ms(struck_ns)
     if not lost:

@@ -36,7 +36,9 @@ class Lane:
     network: str = DEFAULT_NETWORK
     """The guest's, see networks.py."""
     local_disks: tuple[str, ...] = ()
-    """The guest's, beside the shared one that its journal is on."""
+    """The guest's, beside its shared one."""
+    journal: str = "vda"
+    """The disk that it writes its journal to: the shared one, or a raw local one."""
 
     @property
     def guest(self) -> str:
@@ -49,13 +51,13 @@ class Lane:
         return f"blocker-{self.name}"
 
 
-LOCAL_DISK: Final = "size=96M,format=qcow2,place=local,data=24M"
-"""Behind the room for a journal that it does not have, data that a slow copy takes more than a second for."""
+LOCAL_DISKS: Final = ("size=96M,format=raw,place=local,data=16M", "size=96M,format=qcow2,place=local,data=8M")
+"""A slow copy of their data takes more than a second."""
 LANES: Final = (
     Lane("a", ("h1", "h2")),
-    Lane("b", ("h3", "h4"), network=RED.name, local_disks=(LOCAL_DISK,)),
+    Lane("b", ("h3", "h4"), network=RED.name, local_disks=LOCAL_DISKS, journal="vdb"),
 )
-"""The guest of the first has nothing that would have to go with it; that of the second a tenant's port and a disk."""
+"""The guest of the first has nothing that would have to go with it; that of the second a tenant's port and disks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +98,15 @@ class Scene:
         return [self.fleet.host(name) for name in self.lane.hosts]
 
     @property
-    def image(self) -> Path:
-        """The guest's disk that its journal is on, seen from here."""
-        return self.fleet.lab.shared / Path(self.guest.disks[0].path).name
+    def journal(self) -> DiskRecord:
+        """The disk that the guest's journal is on. Its image is raw."""
+        return next(disk for disk in self.guest.disks if disk.target == self.lane.journal)
+
+    def image_on(self, host: str) -> Path:
+        """The image of that disk when the guest is on a host, seen from here."""
+        disk = self.journal
+        folder = self.fleet.lab.shared if disk.place == "shared" else self.fleet.host(host).directory / "vms"
+        return folder / Path(disk.path).name
 
     @property
     def local_disks(self) -> tuple[DiskRecord, ...]:

@@ -84,9 +84,9 @@ def expectation(cell: Cell) -> Expectation | None:
     """What must come of a cell; None where there is nothing to break.
 
     Of a guest with a tenant's port and local disks the same: its frames follow it before it stops, and turn back in no
-    time; its mirrors end within the pause and its deadline, and when they are given up over a dead link QEMU stands still
-    for half a second, which is in the slack; and where it runs in the end its images are whole, for the source's are
-    removed only once the destination has it.
+    time; its mirrors end within the pause and its deadline, and given up over a dead link they keep it for half a
+    second, which is in the slack; where it runs in the end its images are whole, for the source's are removed only
+    once the destination has it.
     """
     match cell.fault:
         case Struck(victim, blow):

@@ -9,6 +9,7 @@ from typing import Final, Self
 import grpc.aio
 
 from handoff.agent.v1.types_pb2 import DomainState
+from handoff.controller.v1.guests_pb2 import Guest
 from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_controller.machine import FINAL, State, state_of
 from handoff_lab.errors import LabError
@@ -17,13 +18,14 @@ from handoff_lab.probe import GuestControl, TcpSession
 from soak.cells import Expectation, Where
 from soak.clients import story
 from soak.disks import spoiled
-from soak.leftovers import none_left
+from soak.leftovers import LOOK_AGAIN_S, none_left
 from soak.pulse import Pulse
 from soak.scene import OBSERVER, Cast, Scene
 from soak.writers import RATE_MIB_PER_S, SPAN_MIB, Writers
 
 CONTROL_S: Final = 10.0
 LEFTOVERS_S: Final = 25.0
+HEARD_S: Final = 10.0
 FEWEST_RECORDS: Final = 10
 
 
@@ -155,6 +157,17 @@ def _outage(outage_ms: float | None, expected: Expectation) -> list[str]:
     return []
 
 
+async def _record(scene: Scene, home: str | None) -> Guest | None:
+    """The guest's record; of one that runs, once its host has been heard of again. Raises AioRpcError."""
+    until = asyncio.get_running_loop().time() + HEARD_S
+    while True:
+        guest = await scene.controllers.guest(scene.guest.uuid)
+        is_lost = guest is not None and guest.HasField("loss")
+        if home is None or not is_lost or asyncio.get_running_loop().time() > until:
+            return guest
+        await asyncio.sleep(LOOK_AGAIN_S)
+
+
 async def record_problems(scene: Scene, cast: Cast, migration: Migration, home: str | None) -> list[str]:
     """Where the records do not tell the truth."""
     state = state_of(migration)
@@ -168,10 +181,11 @@ async def record_problems(scene: Scene, cast: Cast, migration: Migration, home: 
         problems.append("the record does not say why it was aborted")
     if migration.needs_decision:
         problems.append(f"the record still asks for a decision: {migration.needs_decision}")
-    if home is not None and migration.HasField("loss"):
+    # That its host did not answer may have been true when the migration ended; the guest's own record knows better now.
+    if home is not None and migration.loss.certain:
         problems.append(f"the guest is there, and the record has it as lost: {migration.loss.reason}")
     try:
-        guest = await scene.controllers.guest(scene.guest.uuid)
+        guest = await _record(scene, home)
     except grpc.aio.AioRpcError as error:
         return [*problems, f"the guest's record can't be read: {error.details()}"]
     if guest is None:
@@ -182,6 +196,8 @@ async def record_problems(scene: Scene, cast: Cast, migration: Migration, home: 
         problems.append(f"the guest is gone, and no record says so: {story(migration)}")
     if guest.owner.host != said:
         problems.append(f"the guest belongs to {guest.owner.host} by its record, to {said} by the migration's")
+    if home is not None and guest.HasField("loss"):
+        problems.append(f"the guest is there, and its record has it as lost: {guest.loss.reason}")
     if guest.active_migration:
         problems.append(f"the guest still has migration {guest.active_migration}")
     if guest.conflicts:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
@@ -15,7 +16,7 @@ from handoff_lab.parallel import in_parallel
 from handoff_lab.state import GuestRecord
 from soak.clients import Controllers
 from soak.leftovers import leftovers
-from soak.scene import CONFIG, LANES, Lane, Scene, raise_fleet
+from soak.scene import CONFIG, Lane, Scene, raise_fleet
 
 MEMORY_MIB: Final = 128
 DISK: Final = "size=16M,format=raw,place=shared"
@@ -27,14 +28,14 @@ def controller_names() -> list[str]:
     return [f"ctl{n}" for n in range(1, CONFIG.controllers + 1)]
 
 
-async def found_fleet(fleet: Fleet, controllers: Controllers) -> list[Scene]:
-    """A fleet with a guest in each lane. Nothing of an earlier one is taken over. Raises LabError."""
+async def found_fleet(fleet: Fleet, controllers: Controllers, lanes: Sequence[Lane]) -> list[Scene]:
+    """A fleet with a guest in each of these lanes. Nothing of an earlier one is taken over. Raises LabError."""
     await asyncio.to_thread(fleet.down)
     await asyncio.to_thread(raise_fleet, fleet)
-    boots = [partial(_create, Guests(fleet), lane) for lane in LANES]
+    boots = [partial(_create, Guests(fleet), lane) for lane in lanes]
     guests = await asyncio.to_thread(in_parallel, boots)
     holding = asyncio.Lock()
-    scenes = [Scene(fleet, lane, controllers, guest, holding) for lane, guest in zip(LANES, guests, strict=True)]
+    scenes = [Scene(fleet, lane, controllers, guest, holding) for lane, guest in zip(lanes, guests, strict=True)]
     for scene in scenes:
         await wait_healthy(scene)
     return scenes
@@ -70,7 +71,7 @@ def _revive(guests: Guests, lane: Lane, guest: GuestRecord) -> GuestRecord:
 
 
 def _create(guests: Guests, lane: Lane) -> GuestRecord:
-    return guests.create(lane.guest, lane.hosts[0], MEMORY_MIB, disks=(DISK,))
+    return guests.create(lane.guest, lane.hosts[0], MEMORY_MIB, disks=(DISK, *lane.local_disks), network=lane.network)
 
 
 async def wait_healthy(scene: Scene) -> None:

@@ -40,6 +40,8 @@ class Result:
     moment: str
     fault: str
     expected: str
+    lane: str = ""
+    """Which guest was moved."""
     ok: bool = False
     state: str = ""
     """The migration's final state."""
@@ -63,7 +65,7 @@ async def run_cell(scene: Scene, cell: Cell) -> Result:
     """Runs a cell. What goes wrong is in the result; the fleet is to be looked after by the caller."""
     expected = expectation(cell)
     assert expected is not None, f"{cell.name} has nothing to break"
-    result = Result(cell.name, str(cell.moment), cell.fault.name, str(expected.where))
+    result = Result(cell.name, str(cell.moment), cell.fault.name, str(expected.where), scene.lane.name)
     began = time.monotonic()
     try:
         await _run(scene, cell, expected, result)

@@ -31,7 +31,7 @@ ETCD_ELECTION_S: Final = 6.0
 """Twice the lab's longest election, and the watch that has to find another member."""
 PATIENCE_S: Final = 5.0
 """How long the leader waits for an agent while the guest may be paused."""
-SLACK_S: Final = 2.0
+SLACK_S: Final = 1.0
 """What a busy machine may add to any of it."""
 
 
@@ -81,7 +81,13 @@ def matrix() -> tuple[Cell, ...]:
 
 
 def expectation(cell: Cell) -> Expectation | None:
-    """What must come of a cell; None where there is nothing to break."""
+    """What must come of a cell; None where there is nothing to break.
+
+    Of a guest with a tenant's port and local disks the same: its frames follow it before it stops, and turn back in no
+    time; its mirrors end within the pause and its deadline, and given up over a dead link they keep it for half a
+    second, which is in the slack; where it runs in the end its images are whole, for the source's are removed only
+    once the destination has it.
+    """
     match cell.fault:
         case Struck(victim, blow):
             return _struck(cell.moment, victim, blow)

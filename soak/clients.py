@@ -7,6 +7,8 @@ from typing import Final
 
 import grpc.aio
 
+from handoff.agent.v1.flow_pb2 import GetNetworkRequest, GetNetworkResponse
+from handoff.agent.v1.flow_pb2_grpc import FlowServiceStub
 from handoff.agent.v1.qemu_pb2 import (
     Handoff,
     HandoffRole,
@@ -173,6 +175,14 @@ class AgentSide:
                 ListDomainsRequest(), timeout=CALL_S, wait_for_ready=True
             )
         return next((domain for domain in answer.domains if domain.uuid == uuid), None)
+
+    async def network(self) -> GetNetworkResponse:
+        """The tenants' networks as its host has them. Raises AioRpcError."""
+        async with open_channel(self._address) as channel:
+            answer: GetNetworkResponse = await FlowServiceStub(channel).GetNetwork(
+                GetNetworkRequest(), timeout=CALL_S, wait_for_ready=True
+            )
+            return answer
 
     async def handoffs(self) -> list[Handoff]:
         """All that it remembers. Raises AioRpcError."""

@@ -4,21 +4,22 @@ What is frozen while a moment lasts, and what was frozen on the way to it:
 
     PLANNED     nothing: another guest's slow copy goes first
     PREPARING   the destination's agent, once its QEMU has been started
-    COPYING     nothing: the copy is slow
+    COPYING     nothing: the copy is slow. Of a guest with local disks, these are on their way
     SWITCHING   etcd, from COPYING until the source is ready: the leader can't record it; then the source's agent, which
                 is asked to switch and can't hear; then etcd goes on
       PAUSED    the destination's QEMU, so that the switch takes until its deadline; the source's agent goes on
       HELD      etcd again, so that the commit can't be recorded; the source's agent goes on
     COMMITTED   the destination's agent, so that the guest is not run; the source's agent goes on
     FINISHING   the source's agent, so that its copy is not released; the destination's agent goes on
-    ABORTING    the destination's agent, then the cancel
+    ABORTING    the destination's agent, then the cancel. Local disks are in step, and memory on its way
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
-from handoff.agent.v1.qemu_pb2 import HandoffRole, HandoffState
+from handoff.agent.v1.disk_pb2 import DiskPhase
+from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState
 from handoff.agent.v1.types_pb2 import DomainState
 from handoff_controller.machine import State
 from soak.clients import Missed
@@ -42,6 +43,15 @@ _LATER: Final = frozenset(
 )
 
 
+def _on_their_way(handoff: Handoff) -> bool:
+    disks = handoff.progress.disks
+    return any(one.phase == DiskPhase.DISK_PHASE_SENDING and one.done_bytes for one in disks)
+
+
+def _memory_follows(handoff: Handoff) -> bool:
+    return bool(handoff.progress.ram_transferred_bytes)
+
+
 class Hold:
     """One migration on its way to a moment. `reach` it, strike, `release`."""
 
@@ -62,8 +72,10 @@ class Hold:
                 await self._preparing()
             case Moment.COPYING:
                 await self._copying(SLOW_BYTES_PER_S)
+                await self._disks_are(_on_their_way)
             case Moment.ABORTING:
                 await self._copying(SLOW_BYTES_PER_S)
+                await self._disks_are(_memory_follows)
                 self._freeze(Victim.DESTINATION_AGENT)
                 await self._scene.controllers.cancel(self.migration_id)
                 await self._in(State.ABORTING)
@@ -181,6 +193,20 @@ class Hold:
             if handoff.state not in awaited:
                 raise Missed(f"the source is {HandoffState.Name(handoff.state)} already")
             return
+
+    async def _disks_are(self, wanted: Callable[[Handoff], bool]) -> None:
+        """Waits for the mirrors of the guest's local disks, if it has any. Raises Missed when the source is past it."""
+        if not self._scene.local_disks:
+            return
+        agent = self._scene.agent(self._cast.source)
+        async with asyncio.timeout(10):
+            while True:
+                ours = [one for one in await agent.handoffs() if one.migration_id == self.migration_id]
+                if any(map(wanted, ours)):
+                    return
+                if any(one.state != HandoffState.HANDOFF_STATE_TRANSFERRING for one in ours):
+                    raise Missed("the disks were copied before that could be seen")
+                await asyncio.sleep(0.02)
 
     def _freeze(self, victim: Victim) -> None:
         self._freeze_all([self._cast.pids[victim]])

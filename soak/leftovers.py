@@ -1,4 +1,4 @@
-"""What a migration may leave behind, looked for on both of its hosts."""
+"""What a migration may leave behind, looked for on both of its hosts, and of the network also where the observer is."""
 
 import asyncio
 from typing import Final
@@ -10,7 +10,8 @@ from handoff_controller.settle import SETTLED
 from handoff_lab.fabric import OVERLAY_NET
 from handoff_lab.guest import Sighting
 from handoff_lab.host import SLOTS, Host
-from soak.scene import Scene, qemus
+from soak import disks, flows
+from soak.scene import OBSERVER, Scene, qemus
 
 LOOK_AGAIN_S: Final = 0.3
 
@@ -18,6 +19,7 @@ LOOK_AGAIN_S: Final = 0.3
 async def leftovers(scene: Scene, home: str | None) -> list[str]:
     """All that is there and should not be, when the guest's home is `home`; None: it is nowhere."""
     sightings = await asyncio.to_thread(scene.guests.sightings)
+    keepers = {home} if home is not None else {seen.host for seen in _of(scene, sightings)}
     found = _domains(scene, sightings, home)
     for host in scene.hosts():
         running = sum(seen.host == host.name and seen.state == "running" for seen in sightings)
@@ -26,17 +28,28 @@ async def leftovers(scene: Scene, home: str | None) -> list[str]:
             asyncio.to_thread(_streams, host),
             asyncio.to_thread(_ports, host, running),
             asyncio.to_thread(_files, scene, host, home),
+            asyncio.to_thread(disks.left, scene, host, keepers),
         )
         found += [f"{host.name}: {left}" for look in looks for left in look]
+    if scene.local_disks:
+        for seen in _of(scene, sightings):
+            if seen.state == "running":
+                found += [f"{seen.host}: {left}" for left in await asyncio.to_thread(disks.jobs_left, scene, seen)]
+    for name in (*scene.lane.hosts, OBSERVER):
+        found += [f"{name}: {left}" for left in await flows.left(scene, name, home)]
     for name in scene.lane.hosts:
         found += await _handoffs(scene, name)
     return found
 
 
+def _of(scene: Scene, sightings: list[Sighting]) -> list[Sighting]:
+    return [seen for seen in sightings if seen.guest == scene.guest.name]
+
+
 def _domains(scene: Scene, sightings: list[Sighting], home: str | None) -> list[str]:
     found = []
-    for seen in sightings:
-        if seen.guest != scene.guest.name or (seen.state == "shut off" and home is None):
+    for seen in _of(scene, sightings):
+        if seen.state == "shut off" and home is None:
             continue
         if seen.host != home or seen.state != "running":
             found.append(f"{seen.host}/{seen.slot}: the guest is {seen.state}")
@@ -50,7 +63,7 @@ def _processes(scene: Scene, host: Host, home: str | None) -> list[str]:
 
 
 def _streams(host: Host) -> list[str]:
-    """Sockets of migration streams; by address, for their ports are ordinary ephemeral ports too."""
+    """Sockets of migration streams and exports; by address, for their ports are ordinary ephemeral ports too."""
     lines = host.node.run(["ss", "-Htanp"]).stdout.splitlines()
     fields = [line.split() for line in lines]
     return [" ".join(row) for row in fields if row[0] != "TIME-WAIT" and row[3].startswith(f"{OVERLAY_NET}.")]

@@ -9,6 +9,7 @@ from typing import Final, Self
 import grpc.aio
 
 from handoff.agent.v1.types_pb2 import DomainState
+from handoff.controller.v1.guests_pb2 import Guest
 from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_controller.machine import FINAL, State, state_of
 from handoff_lab.errors import LabError
@@ -16,13 +17,15 @@ from handoff_lab.journal import check_image
 from handoff_lab.probe import GuestControl, TcpSession
 from soak.cells import Expectation, Where
 from soak.clients import story
-from soak.leftovers import none_left
+from soak.disks import spoiled
+from soak.leftovers import LOOK_AGAIN_S, none_left
 from soak.pulse import Pulse
 from soak.scene import OBSERVER, Cast, Scene
 from soak.writers import RATE_MIB_PER_S, SPAN_MIB, Writers
 
 CONTROL_S: Final = 10.0
 LEFTOVERS_S: Final = 25.0
+HEARD_S: Final = 10.0
 FEWEST_RECORDS: Final = 10
 
 
@@ -42,12 +45,12 @@ class Witnesses:
     """They watch the guest through a cell. Use it as a context."""
 
     def __init__(self, scene: Scene) -> None:
-        node, address = scene.fleet.node(OBSERVER), scene.guest.ip
+        node, address, interface = scene.fleet.node(OBSERVER), scene.guest.ip, scene.interface
         self._scene = scene
-        self._control = GuestControl(node, address, CONTROL_S)
-        self.pulse = Pulse.within(node, address)
-        self._session = TcpSession(node, address)
-        self._writers = Writers(scene.image)
+        self._control = GuestControl(node, address, CONTROL_S, interface=interface)
+        self.pulse = Pulse.within(node, address, interface)
+        self._session = TcpSession(node, address, interface=interface)
+        self._writers = Writers({scene.image_on(host) for host in scene.lane.hosts})
         self._stack = AsyncExitStack()
         self._boot_id = ""
 
@@ -56,7 +59,7 @@ class Witnesses:
             before = await self._control.status()
             self._boot_id = before.boot_id
             if not before.journal.running:
-                await self._control.journal_start(RATE_MIB_PER_S, SPAN_MIB)
+                await self._control.journal_start(RATE_MIB_PER_S, SPAN_MIB, f"/dev/{self._scene.journal.target}")
             stack.enter_context(self._writers)
             stack.enter_context(self.pulse)
             await stack.enter_async_context(self._session)
@@ -72,8 +75,8 @@ class Witnesses:
         """Whether the guest answers."""
         return self.pulse.quiet_for_s() < 0.3
 
-    async def alive(self) -> list[str]:
-        """What the guest, which still runs, has against it."""
+    async def alive(self, home: str | None) -> list[str]:
+        """What the guest, which still runs, has against it. `home`: where; None when nobody knows."""
         problems = [self.pulse.contradiction] if self.pulse.contradiction else []
         try:
             status = await self._control.status()
@@ -86,12 +89,17 @@ class Witnesses:
         problems += await asyncio.to_thread(self._writers.problems, stopped.epoch, stopped.acked_seq)
         if not inside.intact:
             problems.append(f"the guest's journal is broken: {inside}")
-        disk = self._scene.guest.disks[0]
-        outside = await asyncio.to_thread(
-            check_image, self._scene.image, disk.format, stopped.epoch, stopped.slots, stopped.acked_seq
-        )
-        if not outside.intact:
-            problems.append(f"the journal on the disk is broken: {outside}")
+        if home is not None:
+            image, disk = self._scene.image_on(home), self._scene.journal
+            try:
+                outside = await asyncio.to_thread(
+                    check_image, image, disk.format, stopped.epoch, stopped.slots, stopped.acked_seq
+                )
+            except OSError as error:
+                problems.append(f"the journal on the disk can't be read: {error}")
+            else:
+                if not outside.intact:
+                    problems.append(f"the journal on the disk is broken: {outside}")
         if self._writers.records < FEWEST_RECORDS:
             problems.append(f"only {self._writers.records} records of the journal were seen")
         session = await self._session.close()
@@ -114,8 +122,8 @@ async def judge(
     """The verdict on a cell whose fault is over."""
     findings = Findings()
     lost = expected.where is Where.LOST
-    findings.problems += await (witnesses.dead() if lost else witnesses.alive())
     home = await asyncio.to_thread(_home, scene)
+    findings.problems += await (witnesses.dead() if lost else witnesses.alive(home))
     findings.where = _part(cast, home)
     findings.silences_ms = witnesses.pulse.silences_ms(struck_ns)
     if not lost:
@@ -125,6 +133,8 @@ async def judge(
     if findings.where not in allowed.get(expected.where, {str(expected.where)}):
         findings.problems.append(f"the guest is {findings.where}, not {expected.where}: {story(migration)}")
     left = await none_left(scene, home, LEFTOVERS_S)
+    if scene.local_disks:
+        findings.problems += await asyncio.to_thread(spoiled, scene)
     findings.problems += [f"left behind: {what}" for what in left]
     findings.problems += await record_problems(scene, cast, migration, home)
     return findings
@@ -147,6 +157,17 @@ def _outage(outage_ms: float | None, expected: Expectation) -> list[str]:
     return []
 
 
+async def _record(scene: Scene, home: str | None) -> Guest | None:
+    """The guest's record; of one that runs, once its host has been heard of again. Raises AioRpcError."""
+    until = asyncio.get_running_loop().time() + HEARD_S
+    while True:
+        guest = await scene.controllers.guest(scene.guest.uuid)
+        is_lost = guest is not None and guest.HasField("loss")
+        if home is None or not is_lost or asyncio.get_running_loop().time() > until:
+            return guest
+        await asyncio.sleep(LOOK_AGAIN_S)
+
+
 async def record_problems(scene: Scene, cast: Cast, migration: Migration, home: str | None) -> list[str]:
     """Where the records do not tell the truth."""
     state = state_of(migration)
@@ -160,10 +181,11 @@ async def record_problems(scene: Scene, cast: Cast, migration: Migration, home: 
         problems.append("the record does not say why it was aborted")
     if migration.needs_decision:
         problems.append(f"the record still asks for a decision: {migration.needs_decision}")
-    if home is not None and migration.HasField("loss"):
+    # That its host did not answer may have been true when the migration ended; the guest's own record knows better now.
+    if home is not None and migration.loss.certain:
         problems.append(f"the guest is there, and the record has it as lost: {migration.loss.reason}")
     try:
-        guest = await scene.controllers.guest(scene.guest.uuid)
+        guest = await _record(scene, home)
     except grpc.aio.AioRpcError as error:
         return [*problems, f"the guest's record can't be read: {error.details()}"]
     if guest is None:
@@ -174,6 +196,8 @@ async def record_problems(scene: Scene, cast: Cast, migration: Migration, home: 
         problems.append(f"the guest is gone, and no record says so: {story(migration)}")
     if guest.owner.host != said:
         problems.append(f"the guest belongs to {guest.owner.host} by its record, to {said} by the migration's")
+    if home is not None and guest.HasField("loss"):
+        problems.append(f"the guest is there, and its record has it as lost: {guest.loss.reason}")
     if guest.active_migration:
         problems.append(f"the guest still has migration {guest.active_migration}")
     if guest.conflicts:

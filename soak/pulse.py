@@ -50,10 +50,10 @@ class Pulse:
         self.contradiction = ""
 
     @classmethod
-    def within(cls, node: Node, address: str) -> Self:
-        """Sends from `node`. Raises LabError when that is down."""
+    def within(cls, node: Node, address: str, interface: str) -> Self:
+        """Sends from an interface of `node`. Raises LabError when that is down."""
         with NetNamespace.of(node) as network:
-            return cls(network.socket(kind=socket.SOCK_DGRAM), address)
+            return cls(network.socket(kind=socket.SOCK_DGRAM, interface=interface), address)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -18,6 +18,7 @@ from handoff_lab.state import DEFAULT_PREFIX, Lab
 from soak import report
 from soak.cell_run import Result
 from soak.cells import Cell, matrix, subset
+from soak.scene import LANES, Lane
 from soak.stage import Stage
 
 LAB: Final = Path("/var/tmp/handoff-soak")  # noqa: S108
@@ -43,9 +44,11 @@ class Choice:
         return random.Random(self.seed).sample(cells, len(cells))
 
 
-async def soak(fleet: Fleet, cells: Sequence[Cell], told: Callable[[Result], None], until: float) -> None:
+async def soak(
+    fleet: Fleet, lanes: Sequence[Lane], cells: Sequence[Cell], told: Callable[[Result], None], until: float
+) -> None:
     """Runs cells on a fleet that it founds; `told` hears of each. Begins none after `until`, by the monotonic clock."""
-    async with Stage(fleet) as stage:
+    async with Stage(fleet, lanes) as stage:
         await stage.run(cells, told, lambda: time.monotonic() < until)
 
 
@@ -53,10 +56,13 @@ async def soak(fleet: Fleet, cells: Sequence[Cell], told: Callable[[Result], Non
 @click.option("--seed", default=0, show_default=True, help="Chooses the order, and the cells of a part.")
 @click.option("--cells", "count", default=0, help="Only so many, with every state and every fault among them.")
 @click.option("--only", multiple=True, metavar="MOMENT:FAULT", help="Only these; * stands for anything. Repeatable.")
+@click.option("--lane", type=click.Choice([lane.name for lane in LANES]), help="All in this one; see soak/scene.py.")
 @click.option("--resume", is_flag=True, help="Goes on with what the last soak has not run, or not passed.")
 @click.option("--minutes", default=0.0, help="Begins no further cell after so long.")
 @click.option("--list", "listing", is_flag=True, help="Names the cells, and runs none.")
-def main(seed: int, count: int, only: tuple[str, ...], resume: bool, minutes: float, listing: bool) -> None:
+def main(
+    seed: int, count: int, only: tuple[str, ...], lane: str | None, resume: bool, minutes: float, listing: bool
+) -> None:
     """Every state of a migration × every fault, on a fleet of its own."""
     cells = Choice(seed, count, only).cells()
     known = report.load(report.FOLDER) if resume else {}
@@ -73,15 +79,19 @@ def main(seed: int, count: int, only: tuple[str, ...], resume: bool, minutes: fl
         results[result.cell] = result
         report.save(report.FOLDER, results, seed)
         after = "" if result.outage_ms is None else f", away for {result.outage_ms:.0f} ms"
-        click.echo(f"{'ok    ' if result.ok else 'BROKEN'} {result.cell}: {result.where}{after} ({result.seconds} s)")
+        click.echo(
+            f"{'ok    ' if result.ok else 'BROKEN'} {result.cell}: {result.where}{after} "
+            f"({result.seconds} s, lane {result.lane})"
+        )
         for problem in result.problems:
             click.echo(f"         {problem}")
 
     lab = Lab(Path(os.environ.get("HANDOFF_SOAK_DIR") or LAB), Path(os.environ.get("HANDOFF_PREFIX") or DEFAULT_PREFIX))
     fleet = Fleet(lab)
+    lanes = [one for one in LANES if lane in (None, one.name)]
     until = time.monotonic() + 60 * minutes if minutes else float("inf")
     try:
-        asyncio.run(soak(fleet, cells, told, until))
+        asyncio.run(soak(fleet, lanes, cells, told, until))
     finally:
         fleet.down()
     broken = [result.cell for result in results.values() if not result.ok]

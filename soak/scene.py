@@ -5,7 +5,7 @@ import base64
 import json
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,10 +13,11 @@ from typing import Final
 from handoff_lab.errors import LabError
 from handoff_lab.etcd import CLIENT_PORT, etcd_address
 from handoff_lab.fleet import Fleet
-from handoff_lab.guest import Guests
+from handoff_lab.guest import DEFAULT_NETWORK, Guests
 from handoff_lab.host import Host
+from handoff_lab.networks import RED, network_named
 from handoff_lab.node import processes
-from handoff_lab.state import GuestRecord, LabConfig
+from handoff_lab.state import DiskRecord, GuestRecord, LabConfig
 from soak.clients import AgentSide, Controllers
 from soak.faults import Victim
 
@@ -32,6 +33,12 @@ class Lane:
 
     name: str
     hosts: tuple[str, str]
+    network: str = DEFAULT_NETWORK
+    """The guest's, see networks.py."""
+    local_disks: tuple[str, ...] = ()
+    """The guest's, beside its shared one."""
+    journal: str = "vda"
+    """The disk that it writes its journal to: the shared one, or a raw local one."""
 
     @property
     def guest(self) -> str:
@@ -44,7 +51,13 @@ class Lane:
         return f"blocker-{self.name}"
 
 
-LANES: Final = (Lane("a", ("h1", "h2")), Lane("b", ("h3", "h4")))
+LOCAL_DISKS: Final = ("size=96M,format=raw,place=local,data=16M", "size=96M,format=qcow2,place=local,data=8M")
+"""A slow copy of their data takes more than a second."""
+LANES: Final = (
+    Lane("a", ("h1", "h2")),
+    Lane("b", ("h3", "h4"), network=RED.name, local_disks=LOCAL_DISKS, journal="vdb"),
+)
+"""The guest of the first has nothing that would have to go with it; that of the second a tenant's port and disks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +98,27 @@ class Scene:
         return [self.fleet.host(name) for name in self.lane.hosts]
 
     @property
-    def image(self) -> Path:
-        """The guest's disk, seen from here."""
-        return self.fleet.lab.shared / Path(self.guest.disks[0].path).name
+    def journal(self) -> DiskRecord:
+        """The disk that the guest's journal is on. Its image is raw."""
+        return next(disk for disk in self.guest.disks if disk.target == self.lane.journal)
+
+    def image_on(self, host: str) -> Path:
+        """The image of that disk when the guest is on a host, seen from here."""
+        disk = self.journal
+        folder = self.fleet.lab.shared if disk.place == "shared" else self.fleet.host(host).directory / "vms"
+        return folder / Path(disk.path).name
+
+    @property
+    def local_disks(self) -> tuple[DiskRecord, ...]:
+        """Those that go with the guest."""
+        return tuple(disk for disk in self.guest.disks if disk.place == "local")
+
+    @property
+    def interface(self) -> str:
+        """What the observer reaches the guest from."""
+        network = network_named(self.guest.network)
+        assert network is not None, f"{self.guest.name} has no network"
+        return network.interface
 
     def agent(self, host: str) -> AgentSide:
         """The agent of a host."""
@@ -188,20 +219,27 @@ def _own_disk(host: Host) -> None:
 
 def qemus(host: Host, guest: str) -> list[int]:
     """Every QEMU process of a guest on a host, libvirt or not."""
+    mark = f"guest={guest},debug-threads=on".encode()
+    return [pid for pid, command in _commands(host) if mark in command and b"qemu" in command[0]]
+
+
+def storage_daemons(host: Host) -> list[int]:
+    """Every process on a host that gives images to others."""
+    return [pid for pid, command in _commands(host) if command[0].endswith((b"qemu-storage-daemon", b"qemu-nbd"))]
+
+
+def _commands(host: Host) -> Iterator[tuple[int, list[bytes]]]:
+    """Each process of a host, with its command line."""
     node = host.node.pid()
     if node is None:
-        return []
+        return
     namespace = str(Path(f"/proc/{node}/ns/pid").readlink())
-    found = []
     for process in processes():
         if process.namespace == namespace:
             try:
-                command = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
+                yield process.pid, Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if f"guest={guest},debug-threads=on".encode() in command and b"qemu" in command[0]:
-                found.append(process.pid)
-    return found
 
 
 def freeze(pids: Iterable[int]) -> None:

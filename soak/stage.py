@@ -1,12 +1,13 @@
 """A fleet for as many cells as one likes: each begins in a healthy lane, whatever the one before has done.
 
-A fault of the controllers or etcd touches every migration: its cell has the fleet for itself. All others are run in two
-lanes at once.
+A fault of the controllers or etcd touches every migration: its cell has the fleet for itself, and the lanes take turns.
+All others are run in two lanes at once.
 """
 
 import asyncio
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -19,7 +20,7 @@ from soak.cell_run import Result, run_cell
 from soak.cells import Cell
 from soak.clients import Controllers
 from soak.faults import KilledTogether, Struck, Victim
-from soak.scene import Scene
+from soak.scene import LANES, Lane, Scene
 
 OF_ALL: Final = frozenset({Victim.LEADER, Victim.ETCD_FOLLOWER, Victim.ETCD_LEADER})
 
@@ -27,8 +28,10 @@ OF_ALL: Final = frozenset({Victim.LEADER, Victim.ETCD_FOLLOWER, Victim.ETCD_LEAD
 class Stage:
     """Use it as a context: it founds the fleet. Taking that down is left to its owner."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, lanes: Sequence[Lane] = LANES) -> None:
+        """`lanes`: those that are used."""
         self._fleet = fleet
+        self._lanes = lanes
         self._controllers: Controllers | None = None
         self._scenes: list[Scene] = []
         self._beyond_help = False
@@ -53,8 +56,9 @@ class Stage:
                 for scene in self._scenes:
                     lanes.create_task(self._run_lane(scene, others, told, goes_on))
             await self._renew_if_needed()
+        turns = itertools.cycle(range(len(self._scenes)))
         while alone and goes_on():
-            told(await self._run_cell(self._scenes[0], alone.popleft(), everything=True))
+            told(await self._run_cell(self._scenes[next(turns)], alone.popleft(), everything=True))
             await self._renew_if_needed()
 
     async def _run_lane(
@@ -79,7 +83,7 @@ class Stage:
 
     async def _found(self) -> None:
         assert self._controllers is not None
-        self._scenes = await found_fleet(self._fleet, self._controllers)
+        self._scenes = await found_fleet(self._fleet, self._controllers, self._lanes)
         self._beyond_help = False
 
 

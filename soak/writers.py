@@ -1,5 +1,7 @@
 """Watches the guest's journal on its disk from outside, while it is written: one writer only, and none of the past.
 
+A disk that is local has an image on either host while it is copied. Both are watched: what is copied is the same there.
+
 A record has a sequence number and the guest's clock (lab/guest/journal.c), and each number is written once. Two copies
 of a guest that both run write the same numbers at different times: whichever comes second is seen to replace the first.
 """
@@ -7,6 +9,7 @@ of a guest that both run write the same numbers at different times: whichever co
 import itertools
 import struct
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -48,14 +51,15 @@ class Sightings:
 
 
 class Writers:
-    """Looks at an image all the time. Use it as a context."""
+    """Looks at the images of a disk all the time. Use it as a context."""
 
-    def __init__(self, image: Path) -> None:
-        self._image = image
+    def __init__(self, images: Collection[Path]) -> None:
+        """`images`: wherever it may have one, raw; they may come and go."""
+        self._images = tuple(images)
         self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name=f"writers-{image.name}", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="writers", daemon=True)
         self._epochs: dict[int, Sightings] = {}
-        self._slots: dict[int, tuple[int, int]] = {}
+        self._slots: dict[tuple[Path, int], tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -91,16 +95,20 @@ class Writers:
             self._look()
 
     def _look(self) -> None:
+        for image in self._images:
+            self._look_at(image)
+        for seen in self._epochs.values():
+            seen.in_order()
+
+    def _look_at(self, image: Path) -> None:
         try:
-            with self._image.open("rb") as image:
-                image.seek(REGION_BEGIN)
-                region = image.read(SPAN_MIB << 20)
+            with image.open("rb") as file:
+                file.seek(REGION_BEGIN)
+                region = file.read(SPAN_MIB << 20)
         except OSError:
             return
         for offset in range(0, len(region) - RECORD_BYTES + 1, RECORD_BYTES):
             magic, seq, clock_ns, _, epoch, _ = _HEAD.unpack_from(region, offset)
-            if magic == _MAGIC and self._slots.get(offset) != (seq, clock_ns):
-                self._slots[offset] = (seq, clock_ns)
+            if magic == _MAGIC and self._slots.get((image, offset)) != (seq, clock_ns):
+                self._slots[image, offset] = (seq, clock_ns)
                 self._epochs.setdefault(epoch, Sightings()).note(seq, clock_ns)
-        for seen in self._epochs.values():
-            seen.in_order()

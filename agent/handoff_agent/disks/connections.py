@@ -11,19 +11,23 @@ from handoff_common.errors import PreconditionError
 log = structlog.get_logger()
 
 TIMEOUT_S: Final = 2.0
+_GREETING: Final = b"NBDMAGIC"
 
 
 async def check_connection(export: ExportUri) -> None:
-    """Connects once, before QEMU does. Raises PreconditionError when that takes TIMEOUT_S, or is refused."""
+    """Connects once, and hears the server's greeting. Raises PreconditionError when that takes TIMEOUT_S, or fails."""
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            _, writer = await asyncio.open_connection(export.host, export.port)
-    except (OSError, TimeoutError) as error:
+            reader, writer = await asyncio.open_connection(export.host, export.port)
+            try:
+                await reader.readexactly(len(_GREETING))
+            finally:
+                writer.close()
+    except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
         reason = str(error) or f"no answer in {TIMEOUT_S:.0f} s"
         raise PreconditionError(
             f"can't connect to the export {export}: {reason}; is the migration network up?"
         ) from error
-    writer.close()
 
 
 async def kill_connections(export: ExportUri) -> None:

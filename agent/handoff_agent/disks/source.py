@@ -37,6 +37,7 @@ from handoff_agent.guests import layers, parse_domain
 from handoff_agent.handoff import Handoff
 from handoff_agent.monitor import Json, Monitor, QmpError
 from handoff_agent.slots import Slot
+from handoff_agent.stream import USER_TIMEOUT_MS
 from handoff_common.errors import DeadlineError, HandoffError, PreconditionError, UnavailableError
 
 LOOK_INTERVAL_S: Final = 0.5
@@ -46,6 +47,8 @@ SYNC_POLL_S: Final = 0.01
 # A QEMU that waits for a dead link in its main loop does not answer before the link's connections are gone, and neither
 # does libvirt: they are cut without asking it.
 ANSWER_TIMEOUT_S: Final = 0.5
+# As long as memory's stream is waited for.
+STALL_S: Final = USER_TIMEOUT_MS / 1000
 MAX_SAMPLES: Final = 2000
 BASE_LOOK_S: Final = 2.0
 NOT_PACED: Final = "disks are not paced: zeros count against the bandwidth"
@@ -338,7 +341,14 @@ class DepartingDisks(SourceCompanion):
 
     async def _until_in_step(self) -> None:
         waits_s = FIRST_LOOKS_S
+        moved_at, moved = time.monotonic(), -1
         while not await self._report():
+            done = sum(one.done_bytes for one in self._handoff.disk_progress)
+            if done != moved:
+                moved_at, moved = time.monotonic(), done
+            elif time.monotonic() - moved_at > STALL_S:
+                await self._check_link()
+                moved_at = time.monotonic()
             await self._wait(self._pacing.wait(min(waits_s, self._soonest_s())))
             waits_s = min(2 * waits_s, LOOK_INTERVAL_S)
         await self._wait(self._pacing.settle())
@@ -348,6 +358,11 @@ class DepartingDisks(SourceCompanion):
             await pacing
         except OSError as error:
             await self._back_to_speeds(str(error))
+
+    async def _check_link(self) -> None:
+        """A slow copy may go on. For a dead link QEMU itself would wait a quarter of an hour, and nobody be told."""
+        for move in self._moved():
+            await check_connection(parse_uri(move.uri))
 
     def _soonest_s(self) -> float:
         """When the next mirror may be in step: until that is seen nothing else is sent."""

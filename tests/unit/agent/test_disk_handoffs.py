@@ -428,6 +428,29 @@ async def test_a_link_that_dies_does_not_keep_the_guest(move: Move, when: str) -
         wire.stuck = False
 
 
+@pytest.mark.parametrize("formats", [("raw", "raw")], ids=["raw"])
+async def test_a_link_that_dies_in_the_copy_ends_it(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is only slow does not."""
+    monkeypatch.setattr("handoff_agent.disks.source.STALL_S", 1.0)
+    source = await move.prepare_source()
+    handoff = (await move.target.handoffs.prepare_destination(move.id, source, "a", validate_only=False)).handoff
+    wire = Wire(parse_uri(handoff.disks[0].uri))
+    async with wire.open() as uri:
+        handoff.disks[0].uri = str(uri)
+        side = move.source.handoffs.source(move.id, Call.START_TRANSFER)
+        await side.start_transfer(handoff.listen_uri, LIMITS, 256 << 10, 1.0, handoff.disks)
+        await sending(move)
+        await asyncio.sleep(3)  # it sends a MiB in four seconds
+        assert side.state == TRANSFERRING
+        wire.stuck = True
+        failed = await move.until(FAILED)
+        assert "can't connect to the export" in failed.message
+        await move.source.handoffs.abort(move.id, SOURCE, "the test says so")
+        assert await move.is_running(move.source)
+        assert await left_in_qemu(move.source, move.guest) == []
+        wire.stuck = False
+
+
 @pytest.mark.parametrize("formats", [("qcow2", "raw")], ids=["qcow2"])
 async def test_what_stands_in_the_way_is_seen_before_anything_is_touched(move: Move) -> None:
     async def refused(words: str) -> None:

@@ -1,5 +1,6 @@
 """What would give a second copy away, gives it away."""
 
+import shutil
 import socket
 import struct
 import threading
@@ -135,14 +136,14 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_one_writer_is_in_order(image: Path) -> None:
-    writers = Writers(image)
+    writers = Writers([image])
     for seq in range(1, 600):
         write_record(image, seq, 1000 * seq)
     assert writers.problems(epoch=7, acked_seq=599) == []
 
 
 def test_two_writers_are_noticed_while_they_write(image: Path) -> None:
-    writers = Writers(image)
+    writers = Writers([image])
     write_record(image, 1, 1000)
     write_record(image, 2, 2000)
     assert writers.contradictions() == []
@@ -150,8 +151,21 @@ def test_two_writers_are_noticed_while_they_write(image: Path) -> None:
     assert "written twice" in writers.contradictions()[0]
 
 
+def test_a_copy_has_the_same_records_and_another_writer_has_not(image: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    writers = Writers([image, copy])
+    for seq in range(1, 10):
+        write_record(image, seq, 1000 * seq)
+    assert writers.contradictions() == []
+    shutil.copy(image, copy)
+    write_record(image, 10, 10_000)
+    assert writers.problems(epoch=7, acked_seq=10) == []
+    write_record(copy, 10, 10_500)
+    assert "record 10 was written twice" in writers.contradictions()[0]
+
+
 def test_a_record_that_the_guest_never_wrote_is_noticed(image: Path) -> None:
-    writers = Writers(image)
+    writers = Writers([image])
     for seq in range(1, 10):
         write_record(image, seq, 1000 * seq)
     assert writers.problems(epoch=7, acked_seq=6) == ["the disk has record 9, and the guest has written only 6"]

@@ -176,6 +176,23 @@ async def test_a_flow_that_somebody_deleted_comes_back(
         await until(lambda: switch.flows() == before)
 
 
+@pytest.mark.parametrize("change", ["mod-flows", "add-flow"])
+async def test_a_flow_that_somebody_changed_is_put_right(
+    switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """It keeps our cookie, or loses it."""
+    monkeypatch.setattr(bridge, "CHECK_EVERY_S", 0.1)
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST))
+        before = switch.flows()
+        [ours] = [line for line in before if "table=203" in line and "dl_dst=52" in line]
+        match = ours.partition(", ")[2].partition(" actions=")[0]
+        switch.ofctl(change, f"{match},actions=NORMAL")
+        assert switch.flows() != before
+        await until(lambda: switch.flows() == before)
+
+
 async def test_a_guest_that_comes_is_served_from_its_taps_on(switch: DummySwitch, tmp_path: Path) -> None:
     async with running(switch, tmp_path) as here:
         await here.tell(told(ELSEWHERE, PEER))

@@ -23,7 +23,7 @@ from handoff_agent.network.bridge import Bridge, Flows
 from handoff_agent.network.flow import Output
 from handoff_agent.network.knowledge import Moves, Store, Told
 from handoff_agent.network.newcomers import DOUBT_S, Definition, Newcomers, admitted
-from handoff_agent.network.pipeline import NOBODYS_FRAME, Port, Tap, Tunnel, common_flows, scout, tenant_flows
+from handoff_agent.network.pipeline import NOBODYS_FRAME, Port, Tap, Tunnel, common_flows, mark, scout, tenant_flows
 from handoff_agent.network.taps import Taps
 from handoff_agent.network.treatment import HERE, Attachment, Key, Situation, treat
 from handoff_agent.ovs_ports import GuestPort, OvsPorts
@@ -120,10 +120,11 @@ class Network:
 
         Each gets a frame that is nobody's first: of a guest that does not run yet, QEMU reads one frame, and loses it
         when the guest runs. Raises DeadlineError when they don't appear on the bridge, UnavailableError without a
-        bridge.
+        bridge, PreconditionError beside another guest that comes and whose group frames would be taken for its own.
         """
         if not ports:
             return
+        self._can_be_told_apart(uuid, ports)
         self._coming[uuid] = tuple(ports)
         self._index()
         try:
@@ -339,6 +340,16 @@ class Network:
     def _forget_coming(self, uuid: str) -> None:
         for each in self._coming.pop(uuid, ()):
             self._taps.forget_new(each.key)
+
+    def _can_be_told_apart(self, uuid: str, ports: Sequence[Attachment]) -> None:
+        others = [each for other, coming in self._coming.items() if other != uuid for each in coming]
+        marks = {(each.key.tunnel, mark(each.key.mac)): each for each in others}
+        for each in ports:
+            if (other := marks.get((each.key.tunnel, mark(each.key.mac)))) is not None:
+                raise PreconditionError(
+                    f"guest {each.name} can't come while {other.name} does: group frames for {each.key.mac} and"
+                    f" {other.key.mac} would be taken for each other. Move it when {other.name} is here"
+                )
 
     async def _wait_for_taps(self, uuid: str, ports: Sequence[Attachment]) -> None:
         with self.bridge.port_changes() as changed:

@@ -23,6 +23,7 @@ from handoff_agent.network.flow import Flow
 from handoff_agent.network.knowledge import Moves, Store, Told
 from handoff_agent.network.network import Network
 from handoff_agent.network.newcomers import Definition
+from handoff_agent.network.pipeline import mark
 from handoff_agent.network.treatment import HERE, Attachment, Key
 from handoff_agent.ovs_ports import OvsPorts
 from handoff_agent.rules import HELD, SOURCE
@@ -218,6 +219,27 @@ async def test_a_guest_that_does_not_come_leaves_nothing(switch: DummySwitch, tm
         assert switch.flows() == before
         switch.unplug("vnet0")
     assert Store(tmp_path).load() == (Told(), Moves())
+
+
+async def test_two_guests_that_come_at_once_are_told_apart_or_one_is_refused(
+    switch: DummySwitch, tmp_path: Path
+) -> None:
+    alike = replace(PEER, key=Key(1001, "52:54:00:30:16:5e"))
+    assert mark(alike.key.mac) == mark(GUEST.key.mac)
+    plug(switch, "vnet0")
+    switch.plug("vnet1", alike.domain_uuid, alike.key.mac)
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(ELSEWHERE, alike))
+        await here.expect(GUEST.domain_uuid, [GUEST])
+        before = switch.flows()
+        with pytest.raises(PreconditionError, match="db can't come while web does"):
+            await here.expect(alike.domain_uuid, [alike])
+        assert switch.flows() == before
+        other_tenant = replace(alike, key=Key(1002, alike.key.mac))
+        await here.expect(alike.domain_uuid, [other_tenant])
+        await here.not_coming(alike.domain_uuid)
+        await here.not_coming(GUEST.domain_uuid)
+        await here.expect(alike.domain_uuid, [alike])
 
 
 async def test_a_guest_whose_tap_does_not_appear_is_refused(

@@ -8,6 +8,7 @@ from moves import Moves, Subject
 
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
+from handoff_lab.networks import RED
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +55,9 @@ async def moves(fleet: Fleet) -> AsyncIterator[Moves]:
 async def subject(moves: Moves, guests: Guests) -> Subject:
     """A guest on h1 that the test may move. A new one each time: what one test did to it is no other test's matter."""
     return await Subject.create(moves, "mover", "h1")
+
+
+@pytest.fixture
+async def tenant(moves: Moves, guests: Guests) -> Subject:
+    """A guest of tenant red on h1."""
+    return await Subject.create(moves, "red-1", "h1", disks=(), network=RED.name)

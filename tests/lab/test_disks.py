@@ -133,7 +133,7 @@ async def test_a_host_of_another_type_gets_another_format(moves: Moves, guests: 
 
 
 async def test_a_guest_that_writes_faster_than_is_sent_is_slowed(moves: Moves, guests: Guests) -> None:
-    disks = await Disks.create(moves, guests, (DISKS[0],), rate_mib_per_s=16)
+    disks = await Disks.create(moves, guests, ("size=256M,format=qcow2,place=local,data=24M",), rate_mib_per_s=16)
     migration = await moves.create(disks.subject.name, "h2", MigrationOptions(bandwidth_bytes_per_s=8 << 20))
     decisions: set[str] = set()
     async with aclosing(moves.watch(migration.id)) as updates:
@@ -147,7 +147,7 @@ async def test_a_guest_that_writes_faster_than_is_sent_is_slowed(moves: Moves, g
 
 async def test_a_pull_outlives_its_link_its_leader_and_its_agent(moves: Moves, guests: Guests, fleet: Fleet) -> None:
     """The guest is there long before its disk; while the source is away its reads wait, and none fails."""
-    disks = await Disks.create(moves, guests, ("size=1G,format=qcow2,place=local,data=200M", VOLUME))
+    disks = await Disks.create(moves, guests, ("size=512M,format=qcow2,place=local,data=200M", VOLUME))
     options = MigrationOptions(bandwidth_bytes_per_s=24 << 20, fast=True)
     migration = await moves.create(disks.subject.name, "h2", options)
     assert [move.strategy for move in migration.disks] == [PULL, SKIP]

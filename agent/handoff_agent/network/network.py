@@ -111,7 +111,10 @@ class Network:
         if is_new:
             await self._keep(self._save_told)
         await self.look()
-        return await self._put_if_there(before | set(self._tenants))
+        applied = await self._put_if_there(before | set(self._tenants))
+        for uuid in self._coming:
+            self._explore_neighbours(uuid)
+        return applied
 
     # What handoffs tell. Guests of which nobody told have no ports: nothing happens for them.
 
@@ -137,9 +140,7 @@ class Network:
                 f" within {TAPS_TIMEOUT_S:g} s: {self.bridge.message or 'is it plugged in elsewhere?'}"
             ) from None
         await self.bridge.put({each.key.tunnel for each in ports})
-        tunnels = {each.key.tunnel for each in ports}
-        neighbours = (each.location for tunnel in tunnels for each in self._tenants[tunnel].values())
-        self.explore(uuid, neighbours)
+        self._explore_neighbours(uuid)
         for each in ports:
             if (tap := self._taps.new(each.key)) is not None:
                 self.bridge.send((Output(tap.ofport),), NOBODYS_FRAME)
@@ -154,6 +155,10 @@ class Network:
         for tunnel in self._tunnels_of(uuid):
             for address in sorted(set(addresses) - {HERE}):
                 self.bridge.send(scout(tunnel, address, tunnel_port), NOBODYS_FRAME)
+
+    def _explore_neighbours(self, uuid: str) -> None:
+        tenants = (self._tenants.get(tunnel, {}) for tunnel in self._tunnels_of(uuid))
+        self.explore(uuid, (each.location for ports in tenants for each in ports.values()))
 
     async def redirect(self, uuid: str, destination: str) -> None:
         """A guest is about to be paused here: from now on its frames go to the tunnel endpoint of its destination.

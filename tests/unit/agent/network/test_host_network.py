@@ -19,14 +19,14 @@ from handoff_agent.ledger import Record
 from handoff_agent.network import bridge, knowledge, network
 from handoff_agent.network.companion import LeavingPorts
 from handoff_agent.network.connection import OpenFlowConnection
-from handoff_agent.network.flow import Flow
+from handoff_agent.network.flow import Flow, Output, SetField
 from handoff_agent.network.knowledge import Moves, Store, Told
 from handoff_agent.network.network import Network
 from handoff_agent.network.newcomers import Definition
-from handoff_agent.network.pipeline import mark
+from handoff_agent.network.pipeline import mark, scout
 from handoff_agent.network.treatment import HERE, Attachment, Key
 from handoff_agent.ovs_ports import OvsPorts
-from handoff_agent.rules import HELD, SOURCE
+from handoff_agent.rules import HELD, READY, SOURCE
 from handoff_agent.settings import NetworkSettings
 from handoff_common.errors import DeadlineError, PreconditionError, UnavailableError
 
@@ -207,6 +207,35 @@ async def test_a_guest_that_comes_is_served_from_its_taps_on(switch: DummySwitch
         assert place_of(here) == "10.21.0.3", "only the leader makes it ours"
         await here.tell(told(GUEST, PEER, generation=2))
         assert deliveries(switch) == {"202": f"output:{number}", "203": f"output:{number}"}
+
+
+async def test_the_ways_that_its_frames_will_take_are_tried_more_than_once(
+    switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[SetField | Output, ...]] = []
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await until(lambda: "handoff0" in here.bridge.numbers)
+        monkeypatch.setattr(here.bridge, "send", lambda actions, frame: tried.append(actions))
+        gateway = replace(
+            PEER, key=Key(1001, "02:00:00:30:00:fe"), addresses=(), location="10.21.0.254", domain_uuid=""
+        )
+        ways = {scout(1001, address, here.bridge.numbers["handoff0"]) for address in ("10.21.0.3", "10.21.0.254")}
+        await here.tell(told(ELSEWHERE, gateway))
+        assert tried == []
+        await here.expect(GUEST.domain_uuid, [GUEST])
+        assert ways < set(tried), "and its own tap"
+        tried.clear()
+        await here.tell(told(replace(ELSEWHERE, arriving="10.21.0.1"), gateway, generation=2))
+        assert set(tried) == ways
+        tried.clear()
+        await here.tell(told(GUEST, gateway, generation=3))
+        assert tried == []
+        record = Record("m1", SOURCE, READY, domain_uuid=GUEST.domain_uuid, tunnel_address="10.21.0.3")
+        leaving = LeavingPorts(here, cast(Handoff, SimpleNamespace(record=record)))
+        await leaving.begin()
+        await leaving.ordered()
+        assert tried == 2 * [scout(1001, "10.21.0.3", here.bridge.numbers["handoff0"])]
 
 
 async def test_a_guest_that_does_not_come_leaves_nothing(switch: DummySwitch, tmp_path: Path) -> None:

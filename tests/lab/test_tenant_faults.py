@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 import pytest
-from moves import OBSERVER, Moves, Subject, order_held_up, qemu_on, story
+from moves import FAST, OBSERVER, Moves, Subject, order_held_up, qemu_on, story
 from tenants import INTERVAL_MS, OURS, ended, network_of, ovs, place_on, probed
 
 from handoff.agent.v1.flow_pb2 import PortHandoff
@@ -179,7 +179,7 @@ async def test_two_guests_of_a_tenant_that_move_at_one_time_lose_nothing(
         probed(tenant, GATEWAY, OBSERVER) as to_tenant,
         probed(other, GATEWAY, "h2") as to_other,
     ):
-        created = await asyncio.gather(moves.create(tenant.name, "h2"), moves.create(other.name, "h1"))
+        created = await asyncio.gather(moves.create(tenant.name, "h2", FAST), moves.create(other.name, "h1", FAST))
         done = await asyncio.gather(ended(tenant, created[0].id), ended(other, created[1].id))
     begins, ends = zip(*(_copied(migration) for migration in done), strict=True)
     assert max(begins) < min(ends), "they did not move at one time"

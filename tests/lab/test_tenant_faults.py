@@ -173,6 +173,8 @@ async def test_two_guests_of_a_tenant_that_move_at_one_time_lose_nothing(
     """One comes to h1 while the other leaves it."""
     other = await Subject.create(moves, "red-2", OBSERVER, disks=(), network=RED.name)
     assert await other.host() == OBSERVER
+    # It learns by itself, and may know the guests' MACs from guests of other tests, on other hosts.
+    await ovs(fleet, GATEWAY, "ip", "neigh", "flush", "dev", RED.interface)
     async with (
         TcpSession(fleet.node(GATEWAY), tenant.record.ip, interface=RED.interface) as of_tenant,
         TcpSession(fleet.node(GATEWAY), other.record.ip, interface=RED.interface) as of_other,

@@ -35,7 +35,7 @@ class LeavingPorts(SourceCompanion):
         self._handoff = handoff
 
     async def begin(self) -> None:
-        """The way to its destination is tried before it is needed: it is looked for, and the first frames are lost."""
+        """The way to its destination is tried before it is needed: what comes before its answer is lost."""
         record = self._handoff.record
         if (destination := self._destination()) is not None:
             self._network.explore(record.domain_uuid, [destination])

@@ -1,6 +1,7 @@
 """A fleet of three hosts for the whole session, and small labs of their own for tests that break theirs."""
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 
 import pytest
 from labs import end_lab, new_lab
@@ -23,14 +24,35 @@ def fleet() -> Iterator[Fleet]:
         end_lab(lab)
 
 
+@dataclass
+class Shelf:
+    """The guest that one test leaves to the next, so that not every test boots its own."""
+
+    kept: Subject | None = None
+
+
+@pytest.fixture(scope="module")
+def shelf(fleet: Fleet) -> Iterator[Shelf]:
+    """Empty at a module's start, and emptied at its end."""
+    found = Shelf()
+    yield found
+    if found.kept is not None:
+        Guests(fleet).delete(found.kept.name)
+
+
 @pytest.fixture
-def guests(fleet: Fleet) -> Iterator[Guests]:
+def guests(fleet: Fleet, shelf: Shelf, request: pytest.FixtureRequest) -> Iterator[Guests]:
     """Guests of the session's fleet; those that a test creates are removed after it."""
     found = Guests(fleet)
+    if shelf.kept is not None and "subject" not in request.fixturenames:
+        found.delete(shelf.kept.name)
+        shelf.kept = None
     yield found
+    kept = shelf.kept.name if shelf.kept is not None else None
     for guest in fleet.lab.guests():
-        found.delete(guest.name)
-    left = found.domains()
+        if guest.name != kept:
+            found.delete(guest.name)
+    left = [seen for seen in found.domains() if seen.guest != kept]
     assert not left, f"the test left domains behind: {left}"
 
 
@@ -52,9 +74,13 @@ async def moves(fleet: Fleet) -> AsyncIterator[Moves]:
 
 
 @pytest.fixture
-async def subject(moves: Moves, guests: Guests) -> Subject:
-    """A guest on h1 that the test may move. A new one each time: what one test did to it is no other test's matter."""
-    return await Subject.create(moves, "mover", "h1")
+async def subject(moves: Moves, guests: Guests, shelf: Shelf) -> AsyncIterator[Subject]:
+    """A guest on h1 or h2 that the test may move: the one of the test before where that left it as new."""
+    found = shelf.kept or await Subject.create(moves, "mover", "h1")
+    shelf.kept = None
+    yield found
+    if await found.is_as_new():
+        shelf.kept = found
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from handoff.controller.v1.migrations_pb2_grpc import MigrationsServiceStub
 from handoff_common.channel import open_channel
 from handoff_controller.machine import FINAL, State, state_of
 from handoff_controller.settle import SETTLED
+from handoff_lab.errors import LabError
 from handoff_lab.fabric import OVERLAY_NET
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import DEFAULT_DISK, DEFAULT_NETWORK, Guests, Sighting
@@ -227,6 +228,16 @@ class Subject:
         assert guest.owner.host == host
         assert guest.active_migration == ""
         assert list(guest.conflicts) == []
+
+    async def is_as_new(self) -> bool:
+        """Whether another test may have it: in slot a of its host, idle, and nothing left of what was done to it."""
+        try:
+            await self.must_be_at(await self.host())
+            status = await self.inside.status()
+        except (AssertionError, LabError, OSError, TimeoutError, grpc.aio.AioRpcError):
+            return False
+        slots = {seen.slot for seen in await asyncio.to_thread(Guests(self.fleet).find, self.name)}
+        return slots == {"a"} and not status.dirty.working_set_mib and not status.journal.running
 
     async def _nothing_left(self, home: str, deadline_s: float = 20) -> None:
         until = asyncio.get_running_loop().time() + deadline_s

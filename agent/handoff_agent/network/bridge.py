@@ -5,7 +5,7 @@ Flows are known by their cookies, which are digests of them: one that somebody h
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
@@ -117,11 +117,17 @@ class Bridge:
             await self._apply(connection, tuple(added), [cookie(flow) for flow in removed])
         self._installed.update(wanted)
 
-    async def _apply(self, connection: OpenFlowConnection, added: Sequence[Flow], removed: Sequence[int]) -> None:
+    async def _apply(
+        self,
+        connection: OpenFlowConnection,
+        added: Sequence[Flow],
+        removed: Sequence[int],
+        removed_first: Sequence[int] = (),
+    ) -> None:
         """Of an attempt whose end was not seen nobody knows what it did: the switch is asked before the next."""
         self._uncertain = True
         try:
-            await connection.apply(added, removed)
+            await connection.apply(added, removed, removed_first)
         except PreconditionError:
             self._uncertain = False
             raise
@@ -174,11 +180,10 @@ class Bridge:
         self._compared_at = asyncio.get_running_loop().time()
         there = await connection.flows()
         wanted = self._wishes.wanted()
-        missing, surplus = differences(there, _all(wanted.values()))
-        if missing or surplus:
-            changed = sum(not flow.is_as_made for flow in there)
-            log.info("flows put right", missing=len(missing), surplus=len(surplus), changed=changed)
-            await self._apply(connection, missing, surplus)
+        missing, surplus, changed = differences(there, _all(wanted.values()))
+        if missing or surplus or changed:
+            log.info("flows put right", missing=len(missing), surplus=len(surplus), changed=len(changed))
+            await self._apply(connection, missing, surplus, changed)
         self._installed = dict(wanted)
         self._uncertain = False
         self.message = ""
@@ -202,15 +207,16 @@ class Bridge:
             log.warning("bridge", bridge=str(self._path), error=message)
 
 
-def differences(there: Iterable[SeenFlow], wanted: Iterable[Flow]) -> tuple[list[Flow], list[int]]:
-    """Which flows to add, once those with these cookies are deleted. Pure.
+def differences(there: Collection[SeenFlow], wanted: Iterable[Flow]) -> tuple[list[Flow], list[int], list[int]]:
+    """Which flows to add, and the cookies of those to delete, and to delete before others are added. Pure.
 
     One that somebody has changed keeps its cookie: it is deleted by that and added again.
     """
-    cookies, changed = {seen.cookie for seen in there}, {seen.cookie for seen in there if not seen.is_as_made}
+    changed = {seen.cookie for seen in there if not seen.is_as_made}
+    intact = {seen.cookie for seen in there} - changed
     flows = {cookie(flow): flow for flow in wanted}
-    missing = [flow for number, flow in flows.items() if number not in cookies or number in changed]
-    return missing, [number for number in cookies if number not in flows or number in changed]
+    missing = [flow for number, flow in flows.items() if number not in intact]
+    return missing, [number for number in intact if number not in flows], list(changed)
 
 
 def _all(parts: Iterable[frozenset[Flow]]) -> frozenset[Flow]:

@@ -96,8 +96,10 @@ class OpenFlowConnection:
         """The bridge's ports."""
         return tuple(port for part in await self._multipart(openflow.ask_ports) for port in openflow.ports(part))
 
-    async def apply(self, added: Sequence[Flow], deleted: Sequence[int]) -> None:
-        """Deletes the flows with the cookies and adds others, at once: no packet sees only a part of it.
+    async def apply(self, added: Sequence[Flow], deleted: Sequence[int], deleted_first: Sequence[int] = ()) -> None:
+        """Adds flows and deletes those with the cookies, at once: no packet sees only a part of it.
+
+        `deleted_first`: cookies of flows to delete before, as those of what is added are the same.
 
         Raises PreconditionError when the switch refuses one of them; then nothing has changed. Raises UnavailableError
         or DeadlineError when the outcome is not known.
@@ -105,12 +107,15 @@ class OpenFlowConnection:
         bundle = next(self._bundles)
         sent = bytearray(openflow.bundle_control(opened := next(self._xids), bundle, Bundle.OPEN))
         xids = [opened]
-        for cookie in deleted:
+        for cookie in deleted_first:
             xids.append(xid := next(self._xids))
             sent += openflow.bundle_add(xid, bundle, openflow.delete_flows(xid, cookie))
         for flow in added:
             xids.append(xid := next(self._xids))
             sent += openflow.bundle_add(xid, bundle, openflow.add_flow(xid, flow))
+        for cookie in deleted:
+            xids.append(xid := next(self._xids))
+            sent += openflow.bundle_add(xid, bundle, openflow.delete_flows(xid, cookie))
         barrier = next(self._xids)
         sent += openflow.message(Type.BARRIER_REQUEST, barrier)
         try:

@@ -304,8 +304,10 @@ async def test_a_change_whose_end_was_not_seen_is_undone_all_the_same(
     plug(switch, "vnet0")
     apply = OpenFlowConnection.apply
 
-    async def apply_unseen(self: OpenFlowConnection, added: Sequence[Flow], deleted: Sequence[int]) -> None:
-        await apply(self, added, deleted)
+    async def apply_unseen(
+        self: OpenFlowConnection, added: Sequence[Flow], deleted: Sequence[int], first: Sequence[int] = ()
+    ) -> None:
+        await apply(self, added, deleted, first)
         raise DeadlineError("nobody saw it")
 
     async with running(switch, tmp_path) as here:

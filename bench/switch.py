@@ -8,7 +8,8 @@ Of each move are kept:
     stop_resume_ms    from STOP at the source to RESUME at the destination, by both QEMUs' own time stamps
     host, gateway     a datagram every millisecond, from a third host and from outside of the fabric: the longest time
                       without an answer, that less the pause, lost, duplicated, out of order, and answers that waited
-    ping, tcp         of the third host: pings every 10 ms, and a session that must not miss a byte
+    ping, tcp         of both as well (gateway_ping, gateway_tcp): pings every 10 ms, and a session that must not miss a
+                      byte
     parts_ms          where the gap went
 
 The parts follow each other, from the last answer of the source to the first of the destination:
@@ -51,7 +52,7 @@ from handoff_lab import gateway
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
 from handoff_lab.networks import RED, TENANT, network_named
-from handoff_lab.probe import GuestControl, PingProbe, Stall, TcpSession, UdpProbe, UdpResult
+from handoff_lab.probe import GuestControl, PingProbe, Stall, TcpResult, TcpSession, UdpProbe, UdpResult
 from handoff_lab.state import DEFAULT_PREFIX, GuestRecord, Lab
 
 REPORT = Path("out/bench/switch.json")
@@ -93,6 +94,19 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class Session:
+    """What a TCP session saw of a move."""
+
+    silence_ms: float
+    survived: bool
+
+    @classmethod
+    def of(cls, seen: TcpResult) -> "Session":
+        """Rounded."""
+        return cls(round(seen.longest_silence_ms, 1), seen.survived)
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """One move."""
 
@@ -107,8 +121,9 @@ class Reading:
     host: View
     gateway: View
     ping: View
-    tcp_silence_ms: float
-    tcp_survived: bool
+    gateway_ping: View
+    tcp: Session
+    gateway_tcp: Session
     parts_ms: dict[str, float]
     by_record_ms: dict[str, float]
 
@@ -150,7 +165,9 @@ class Bench:
             UdpProbe(lab, observer, guest.ip, interface=interface) as from_host,
             UdpProbe(lab, gw, guest.ip, interface=interface) as from_outside,
             PingProbe(lab, observer, guest.ip, PING_EVERY_US, interface=interface) as ping,
+            PingProbe(lab, gw, guest.ip, PING_EVERY_US, interface=interface) as ping_from_outside,
             TcpSession(observer, guest.ip, interface=interface) as tcp,
+            TcpSession(gw, guest.ip, interface=interface) as tcp_from_outside,
         ):
             await asyncio.sleep(BEFORE_S)
             began = time.monotonic()
@@ -158,14 +175,17 @@ class Bench:
             total_ms = 1000 * (time.monotonic() - began)
             await asyncio.to_thread(site.follow, way, destination)
             await asyncio.sleep(AFTER_S)
-            host_saw, gateway_saw, ping_saw = await asyncio.gather(from_host.stop(), from_outside.stop(), ping.stop())
-            tcp_saw = await tcp.close()
+            probes = (from_host, from_outside, ping, ping_from_outside)
+            host_saw, gateway_saw, *pings_saw = await asyncio.gather(*(probe.stop() for probe in probes))
+            sessions_saw = await asyncio.gather(tcp.close(), tcp_from_outside.close())
         stalls = await inside.stalls()
         self._at[guest.name] = destination
         ends = await asyncio.to_thread(pauses.ends, source, destination)
         views = (host_saw.standstill(*ends), gateway_saw.standstill(*ends))
         still = min((view for view in views if view is not None), key=lambda view: view.inexact_ms)
         pause_ms = still.length_ms + missed_ticks_ms(stalls, still.guest_ns)
+        ping_view, gateway_ping_view = (View.of(seen, pause_ms, still.length_ms) for seen in pings_saw)
+        session, gateway_session = map(Session.of, sessions_saw)
         return Reading(
             way=way.value,
             source=source,
@@ -177,9 +197,10 @@ class Bench:
             stop_resume_ms=round(1000 * (ends[1] - ends[0]), 1),
             host=View.of(host_saw, pause_ms, still.length_ms),
             gateway=View.of(gateway_saw, pause_ms, still.length_ms),
-            ping=View.of(ping_saw, pause_ms, still.length_ms),
-            tcp_silence_ms=round(tcp_saw.longest_silence_ms, 1),
-            tcp_survived=tcp_saw.survived,
+            ping=ping_view,
+            gateway_ping=gateway_ping_view,
+            tcp=session,
+            gateway_tcp=gateway_session,
             parts_ms=_parts(host_saw, ends, pause_ms - still.length_ms, pauses, source, done),
             by_record_ms={
                 "paused_to_held": round(done.outcome.paused_to_held_ms, 1),
@@ -261,6 +282,12 @@ def summary(readings: list[Reading]) -> dict[str, object]:
             "waited": spread([view.waited for view in views]),
         }
 
+    def sessions(seen: list[Session]) -> dict[str, object]:
+        return {
+            "silence_ms": spread([session.silence_ms for session in seen]),
+            "survived": sum(session.survived for session in seen),
+        }
+
     told = [reading.parts_ms for reading in readings if reading.parts_ms]
     return {
         "moves": len(readings),
@@ -271,8 +298,9 @@ def summary(readings: list[Reading]) -> dict[str, object]:
         "third_host": figures([reading.host for reading in readings]),
         "gateway": figures([reading.gateway for reading in readings]),
         "ping": figures([reading.ping for reading in readings]),
-        "tcp_silence_ms": spread([reading.tcp_silence_ms for reading in readings]),
-        "tcp_survived": sum(reading.tcp_survived for reading in readings),
+        "gateway_ping": figures([reading.gateway_ping for reading in readings]),
+        "tcp": sessions([reading.tcp for reading in readings]),
+        "gateway_tcp": sessions([reading.gateway_tcp for reading in readings]),
         "parts_ms": {name: spread([parts[name] for parts in told]) for name in PARTS} if told else {},
         "ours_ms": spread([sum(parts[name] for name in OURS) for parts in told]) if told else {},
         "by_record_ms": {
@@ -284,9 +312,14 @@ def summary(readings: list[Reading]) -> dict[str, object]:
 def targets(ours: list[Reading]) -> dict[str, bool]:
     """Whether our way is what was asked for."""
     met = {}
-    for name, views in (
-        ("third host", [reading.host for reading in ours]),
-        ("gateway", [reading.gateway for reading in ours]),
+    for name, views, pings, sessions in (
+        ("third host", [each.host for each in ours], [each.ping for each in ours], [each.tcp for each in ours]),
+        (
+            "gateway",
+            [each.gateway for each in ours],
+            [each.gateway_ping for each in ours],
+            [each.gateway_tcp for each in ours],
+        ),
     ):
         beside = statistics.median(view.gap_less_pause_ms for view in views)
         gap = statistics.median(view.gap_ms for view in views)
@@ -294,7 +327,8 @@ def targets(ours: list[Reading]) -> dict[str, bool]:
         met[f"{name}: gap < {MOST_GAP_MS:g} ms at the median"] = gap < MOST_GAP_MS
         met[f"{name}: no frame twice"] = not any(view.duplicated for view in views)
         met[f"{name}: no frame lost"] = not any(view.lost for view in views)
-    met["every TCP session survived"] = all(reading.tcp_survived for reading in ours)
+        met[f"{name}: no ping lost or answered twice"] = not any(view.lost or view.duplicated for view in pings)
+        met[f"{name}: every TCP session survived"] = all(session.survived for session in sessions)
     return met
 
 
@@ -308,7 +342,9 @@ def tables(by_way: dict[str, list[Reading]]) -> list[Table]:
     for column in ("pause", "clock stood still", "gap, third host", "less pause", "gap, gateway", "less pause"):
         gaps.add_column(column, justify="right")
     packets = Table("way", box=None, title="datagrams a move: median / p95 / max", title_justify="left")
-    for column in ("lost, third host", "lost, gateway", "twice, third host", "twice, gateway", "TCP sessions kept"):
+    for column in ("lost, third host", "lost, gateway", "twice, third host", "twice, gateway"):
+        packets.add_column(column, justify="right")
+    for column in ("pings lost, third host", "pings lost, gateway", "TCP sessions kept"):
         packets.add_column(column, justify="right")
     parts = Table("way", *PARTS, box=None, title="where the gap went, ms: median / p95", title_justify="left")
     for way, readings in by_way.items():
@@ -327,7 +363,9 @@ def tables(by_way: dict[str, list[Reading]]) -> list[Table]:
             cell([reading.gateway.lost for reading in readings], 0),
             cell([reading.host.duplicated for reading in readings], 0),
             cell([reading.gateway.duplicated for reading in readings], 0),
-            f"{sum(reading.tcp_survived for reading in readings)} of {len(readings)}",
+            cell([reading.ping.lost for reading in readings], 0),
+            cell([reading.gateway_ping.lost for reading in readings], 0),
+            f"{sum(each.tcp.survived + each.gateway_tcp.survived for each in readings)} of {2 * len(readings)}",
         )
         told = [reading.parts_ms for reading in readings if reading.parts_ms]
         if told:

@@ -18,7 +18,7 @@ from handoff.agent.v1.qemu_pb2 import (
     WatchHandoffRequest,
 )
 from handoff.agent.v1.qemu_pb2_grpc import QemuServiceStub
-from handoff.agent.v1.types_pb2 import Domain
+from handoff.agent.v1.types_pb2 import Domain, DomainState
 from handoff.controller.v1.guests_pb2 import Guest, ListGuestsRequest
 from handoff.controller.v1.guests_pb2_grpc import GuestsServiceStub
 from handoff.controller.v1.hosts_pb2 import Host, ListHostsRequest
@@ -183,6 +183,15 @@ class AgentSide:
                 GetNetworkRequest(), timeout=CALL_S, wait_for_ready=True
             )
             return answer
+
+    async def pauses(self, uuid: str, deadline_s: float = 2.0) -> None:
+        """Waits until a domain is paused. Raises TimeoutError, AioRpcError."""
+        async with asyncio.timeout(deadline_s):
+            while True:
+                domain = await self.domain(uuid)
+                if domain is not None and domain.state == DomainState.DOMAIN_STATE_PAUSED:
+                    return
+                await asyncio.sleep(0.01)
 
     async def handoffs(self) -> list[Handoff]:
         """All that it remembers. Raises AioRpcError."""

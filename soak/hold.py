@@ -20,7 +20,6 @@ from typing import Final
 
 from handoff.agent.v1.disk_pb2 import DiskPhase
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState
-from handoff.agent.v1.types_pb2 import DomainState
 from handoff_controller.machine import State
 from soak.clients import Missed
 from soak.faults import Victim
@@ -149,13 +148,7 @@ class Hold:
         assert self.destination_qemu is not None
         self._freeze_all([self.destination_qemu])
         self._thaw(Victim.SOURCE_AGENT)
-        agent, uuid = self._scene.agent(self._cast.source), self._scene.guest.uuid
-        async with asyncio.timeout(2):
-            while True:
-                domain = await agent.domain(uuid)
-                if domain is not None and domain.state == DomainState.DOMAIN_STATE_PAUSED:
-                    return
-                await asyncio.sleep(0.01)
+        await self._scene.agent(self._cast.source).pauses(self._scene.guest.uuid)
 
     async def _committed(self) -> None:
         await self._ordered()

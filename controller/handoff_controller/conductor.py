@@ -23,7 +23,7 @@ from handoff_common.errors import (
 )
 from handoff_controller.admission import admit
 from handoff_controller.agents import Agents
-from handoff_controller.decisions import Decision, check_decidable, is_taken
+from handoff_controller.decisions import Decision, check_decidable, check_fence, is_taken
 from handoff_controller.driver import Driver
 from handoff_controller.etcd.client import EtcdClient
 from handoff_controller.etcd.election import Leadership
@@ -129,6 +129,7 @@ class Conductor:
         driver = self._drivers.get(migration.id)
         if driver is not None:
             return await driver.recover(decision)
+        check_fence(migration, decision)
         if is_taken(migration, decision):
             return migration
         check_decidable(migration, decision)

@@ -17,7 +17,7 @@ from handoff.agent.v1.types_pb2 import Fence
 from handoff.controller.v1.migrations_pb2 import Migration, MigrationKind
 from handoff_common.errors import HandoffError, PreconditionError, UnavailableError
 from handoff_controller.agents import Agent
-from handoff_controller.decisions import Decision, Decisions, check_decidable, is_taken
+from handoff_controller.decisions import Decision, Decisions, check_decidable, check_fence, is_taken
 from handoff_controller.fencing import Fencing
 from handoff_controller.forward import Forward, Peers
 from handoff_controller.journey import FIRST_PAUSE_S, SOURCE, TRANSIENT, Journey, Records, StepFailed
@@ -114,7 +114,11 @@ class Driver:
         return self.migration
 
     async def recover(self, decision: Decision) -> Migration:
-        """Carries out an operator's decision. Raises PreconditionError when it is unsafe, or needless."""
+        """Carries out an operator's decision.
+
+        Raises PreconditionError when it is unsafe, or needless, InvalidArgumentError when it contradicts itself.
+        """
+        check_fence(self.migration, decision)
         if not is_taken(self.migration, decision):
             check_decidable(self.migration, decision)
             await self._decisions.ask(decision)

@@ -9,6 +9,7 @@ from moves import Moves, Subject
 
 from handoff_lab.fleet import Fleet
 from handoff_lab.guest import Guests
+from handoff_lab.networks import RED
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +81,9 @@ async def subject(moves: Moves, guests: Guests, shelf: Shelf) -> AsyncIterator[S
     yield found
     if await found.is_as_new():
         shelf.kept = found
+
+
+@pytest.fixture
+async def tenant(moves: Moves, guests: Guests) -> Subject:
+    """A guest of tenant red on h1."""
+    return await Subject.create(moves, "red-1", "h1", disks=(), network=RED.name)

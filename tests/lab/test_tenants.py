@@ -10,13 +10,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
-from moves import CALL_S, OBSERVER, Moves, Subject, qemu_on, story
+from moves import OBSERVER, Moves, Subject, qemu_on, story
+from tenants import INTERVAL_MS, OURS, ended, must_be_whole, ovs, place_on, probed, tap_of
 from test_upgrade import upgrade
 
-from handoff.agent.v1.flow_pb2 import GetNetworkRequest, GetNetworkResponse, PortHandoff
-from handoff.agent.v1.flow_pb2_grpc import FlowServiceStub
-from handoff.controller.v1.migrations_pb2 import Migration, MigrationOptions
-from handoff_common.channel import open_channel
+from handoff.agent.v1.flow_pb2 import PortHandoff
+from handoff.controller.v1.migrations_pb2 import MigrationOptions
 from handoff_controller.machine import State, state_of
 from handoff_lab.fleet import Fleet
 from handoff_lab.gateway import NAME as GATEWAY
@@ -27,42 +26,11 @@ from handoff_lab.probe import ECHO_PORT, TcpSession, UdpProbe
 
 pytestmark = pytest.mark.lab
 
-OURS = "cookie=0x48ff000000000000/0xffff000000000000"
 SWITCH_DEADLINE_S = 1
-INTERVAL_MS = 4
 TRIES = 30
 BESIDE_S = 0.1
 ALL_PROTOCOLS = 3
 LOUD_S = 0.005
-
-
-@pytest.fixture
-async def tenant(moves: Moves, guests: Guests) -> Subject:
-    """A guest of tenant red on h1."""
-    return await Subject.create(moves, "red-1", "h1", disks=(), network=RED.name)
-
-
-async def network_of(fleet: Fleet, host: str) -> GetNetworkResponse:
-    async with open_channel(f"unix:{fleet.lab.agent_socket(host)}") as channel:
-        answer: GetNetworkResponse = await FlowServiceStub(channel).GetNetwork(GetNetworkRequest(), timeout=CALL_S)
-        return answer
-
-
-async def place_on(fleet: Fleet, host: str, mac: str) -> tuple[str, int]:
-    """Where a host sends frames for a MAC of tenant red, and what a handoff makes of its port there."""
-    ports = (await network_of(fleet, host)).ports
-    [view] = [view for view in ports if (view.port.mac, view.port.tunnel) == (mac, RED.tunnel)]
-    return view.frames_go_to, view.handoff
-
-
-async def tap_of(fleet: Fleet, host: str, mac: str) -> str:
-    """The interface of a port of tenant red; empty as long as the host does not know it."""
-    ports = (await network_of(fleet, host)).ports
-    return next((view.interface for view in ports if (view.port.mac, view.port.tunnel) == (mac, RED.tunnel)), "")
-
-
-async def ovs(fleet: Fleet, host: str, *command: str) -> str:
-    return (await asyncio.to_thread(fleet.node(host).run, list(command))).stdout
 
 
 async def answers(fleet: Fleet, host: str, address: str, interface: str, source: str = "") -> bool:
@@ -91,30 +59,6 @@ async def answers(fleet: Fleet, host: str, address: str, interface: str, source:
     return await asyncio.to_thread(ask)
 
 
-@asynccontextmanager
-async def probed(subject: Subject, *nodes: str) -> AsyncIterator[list[UdpProbe]]:
-    """Datagrams from all of these nodes. As many as busy cores can carry: the bench sends one each millisecond."""
-    fleet = subject.fleet
-    probes = [
-        UdpProbe(fleet.lab, fleet.node(node), subject.record.ip, INTERVAL_MS * 1000, interface=RED.interface)
-        for node in nodes
-    ]
-    try:
-        for probe in probes:
-            await probe.__aenter__()
-        yield probes
-    finally:
-        for probe in probes:
-            await probe.stop()
-
-
-async def ended(subject: Subject, migration_id: str) -> Migration:
-    migration = await subject.moves.ends(migration_id)
-    assert state_of(migration) is State.DONE, story(migration)
-    assert list(migration.warnings) == []
-    return migration
-
-
 async def test_no_frame_is_lost_or_doubled_when_a_guest_moves(tenant: Subject, fleet: Fleet) -> None:
     """There and back, and to the other slot; seen from another host, and from outside of the fleet."""
     mac = tenant.record.mac
@@ -139,12 +83,6 @@ async def test_no_frame_is_lost_or_doubled_when_a_guest_moves(tenant: Subject, f
             assert result.duplicated == 0
             assert [sent_s for sent_s in result.unanswered if paused_s - BESIDE_S < sent_s < ran_s + BESIDE_S] == []
     assert session.result().survived, session.result()
-
-
-def must_be_whole(probes: list[UdpProbe]) -> None:
-    for result in map(UdpProbe.result, probes):
-        print(f"gap {result.longest_gap_ms:.0f} ms, {result.sent} sent, mean {result.mean_ms:.1f} ms")
-        assert (result.lost, result.duplicated) == (0, 0), result
 
 
 async def test_tenants_are_apart_and_nobody_is_somebody_else(

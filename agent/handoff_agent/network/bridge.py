@@ -1,11 +1,11 @@
 """Keeps our flows in one bridge: connects again when the switch was restarted, and puts right what is missing.
 
-Flows are known by their cookies, which are digests of them: what the switch has is compared without reading it.
+Flows are known by their cookies, which are digests of them: one that somebody has changed is not what its cookie says.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
@@ -13,7 +13,7 @@ import structlog
 
 from handoff_agent.network.connection import OpenFlowConnection
 from handoff_agent.network.flow import Flow, Output, SetField
-from handoff_agent.network.openflow import PortDescription, cookie
+from handoff_agent.network.openflow import PortDescription, SeenFlow, cookie
 from handoff_common.errors import HandoffError, PreconditionError, UnavailableError
 
 log = structlog.get_logger()
@@ -53,6 +53,7 @@ class Bridge:
         self._ports_changed: set[asyncio.Event] = set()
         self._installed: dict[int, frozenset[Flow]] = {}
         self._uncertain = False
+        self._compared_at = 0.0
         self._lock = asyncio.Lock()
 
     @property
@@ -116,11 +117,17 @@ class Bridge:
             await self._apply(connection, tuple(added), [cookie(flow) for flow in removed])
         self._installed.update(wanted)
 
-    async def _apply(self, connection: OpenFlowConnection, added: Sequence[Flow], removed: Sequence[int]) -> None:
+    async def _apply(
+        self,
+        connection: OpenFlowConnection,
+        added: Sequence[Flow],
+        removed: Sequence[int],
+        removed_first: Sequence[int] = (),
+    ) -> None:
         """Of an attempt whose end was not seen nobody knows what it did: the switch is asked before the next."""
         self._uncertain = True
         try:
-            await connection.apply(added, removed)
+            await connection.apply(added, removed, removed_first)
         except PreconditionError:
             self._uncertain = False
             raise
@@ -149,7 +156,8 @@ class Bridge:
         """Waits for a change, or until it is time to compare, and does what follows."""
         changed = asyncio.create_task(self._changed.wait())
         try:
-            await asyncio.wait({changed, reading}, timeout=CHECK_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+            due_s = max(0.0, self._compared_at + CHECK_EVERY_S - asyncio.get_running_loop().time())
+            await asyncio.wait({changed, reading}, timeout=due_s, return_when=asyncio.FIRST_COMPLETED)
             is_change = changed.done()
         finally:
             changed.cancel()
@@ -161,7 +169,7 @@ class Bridge:
             try:
                 if is_change and not self._uncertain:
                     await self._put(connection, self._wishes.wanted())
-                else:
+                if self._uncertain or asyncio.get_running_loop().time() - self._compared_at >= CHECK_EVERY_S:
                     await self._compare(connection)
                 self.message = ""
             except PreconditionError as error:
@@ -169,14 +177,13 @@ class Bridge:
 
     async def _compare(self, connection: OpenFlowConnection) -> None:
         """Asks the bridge for what it has, and puts right what differs."""
-        there = await connection.flow_cookies()
+        self._compared_at = asyncio.get_running_loop().time()
+        there = await connection.flows()
         wanted = self._wishes.wanted()
-        flows = {cookie(flow): flow for flow in _all(wanted.values())}
-        missing = [flow for number, flow in flows.items() if number not in there]
-        surplus = [number for number in there if number not in flows]
-        if missing or surplus:
-            log.info("flows put right", missing=len(missing), surplus=len(surplus))
-            await self._apply(connection, missing, surplus)
+        missing, surplus, changed = differences(there, _all(wanted.values()))
+        if missing or surplus or changed:
+            log.info("flows put right", missing=len(missing), surplus=len(surplus), changed=len(changed))
+            await self._apply(connection, missing, surplus, changed)
         self._installed = dict(wanted)
         self._uncertain = False
         self.message = ""
@@ -198,6 +205,18 @@ class Bridge:
         if message != self.message:
             self.message = message
             log.warning("bridge", bridge=str(self._path), error=message)
+
+
+def differences(there: Collection[SeenFlow], wanted: Iterable[Flow]) -> tuple[list[Flow], list[int], list[int]]:
+    """Which flows to add, and the cookies of those to delete, and to delete before others are added. Pure.
+
+    One that somebody has changed keeps its cookie: it is deleted by that and added again.
+    """
+    changed = {seen.cookie for seen in there if not seen.is_as_made}
+    intact = {seen.cookie for seen in there} - changed
+    flows = {cookie(flow): flow for flow in wanted}
+    missing = [flow for number, flow in flows.items() if number not in intact]
+    return missing, [number for number in intact if number not in flows], list(changed)
 
 
 def _all(parts: Iterable[frozenset[Flow]]) -> frozenset[Flow]:

@@ -35,10 +35,14 @@ class LeavingPorts(SourceCompanion):
         self._handoff = handoff
 
     async def begin(self) -> None:
-        """The way to its destination is tried before it is needed."""
+        """The way to its destination is tried before it is needed: what comes before its answer is lost."""
         record = self._handoff.record
         if (destination := self._destination()) is not None:
             self._network.explore(record.domain_uuid, [destination])
+
+    async def ordered(self) -> None:
+        """As at the beginning: one try, or the answer to it, may have been lost."""
+        await self.begin()
 
     async def pausing(self) -> None:
         """Its frames go to its destination; nothing happens when that manages no flows."""

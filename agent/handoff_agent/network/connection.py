@@ -12,7 +12,7 @@ from typing import Final, Self
 
 from handoff_agent.network import openflow
 from handoff_agent.network.flow import Flow, Output, SetField
-from handoff_agent.network.openflow import Bundle, Failure, PortDescription, Type
+from handoff_agent.network.openflow import Bundle, Failure, PortDescription, SeenFlow, Type
 from handoff_common.errors import DeadlineError, HandoffError, PreconditionError, UnavailableError
 
 ANSWER_TIMEOUT_S: Final = 5.0
@@ -87,17 +87,19 @@ class OpenFlowConnection:
                     answer.set_exception(self._lost)
             self._writer.close()
 
-    async def flow_cookies(self) -> frozenset[int]:
-        """The cookies of our flows in the switch."""
+    async def flows(self) -> frozenset[SeenFlow]:
+        """Our flows in the switch."""
         parts = await self._multipart(openflow.ask_flows)
-        return frozenset(cookie for part in parts for cookie in openflow.flow_cookies(part))
+        return frozenset(flow for part in parts for flow in openflow.flows(part))
 
     async def ports(self) -> tuple[PortDescription, ...]:
         """The bridge's ports."""
         return tuple(port for part in await self._multipart(openflow.ask_ports) for port in openflow.ports(part))
 
-    async def apply(self, added: Sequence[Flow], deleted: Sequence[int]) -> None:
+    async def apply(self, added: Sequence[Flow], deleted: Sequence[int], deleted_first: Sequence[int] = ()) -> None:
         """Adds flows and deletes those with the cookies, at once: no packet sees only a part of it.
+
+        `deleted_first`: cookies of flows to delete before, as those of what is added are the same.
 
         Raises PreconditionError when the switch refuses one of them; then nothing has changed. Raises UnavailableError
         or DeadlineError when the outcome is not known.
@@ -105,6 +107,9 @@ class OpenFlowConnection:
         bundle = next(self._bundles)
         sent = bytearray(openflow.bundle_control(opened := next(self._xids), bundle, Bundle.OPEN))
         xids = [opened]
+        for cookie in deleted_first:
+            xids.append(xid := next(self._xids))
+            sent += openflow.bundle_add(xid, bundle, openflow.delete_flows(xid, cookie))
         for flow in added:
             xids.append(xid := next(self._xids))
             sent += openflow.bundle_add(xid, bundle, openflow.add_flow(xid, flow))

@@ -23,7 +23,7 @@ from handoff_agent.network.bridge import Bridge, Flows
 from handoff_agent.network.flow import Output
 from handoff_agent.network.knowledge import Moves, Store, Told
 from handoff_agent.network.newcomers import DOUBT_S, Definition, Newcomers, admitted
-from handoff_agent.network.pipeline import NOBODYS_FRAME, Port, Tap, Tunnel, common_flows, scout, tenant_flows
+from handoff_agent.network.pipeline import NOBODYS_FRAME, Port, Tap, Tunnel, common_flows, mark, scout, tenant_flows
 from handoff_agent.network.taps import Taps
 from handoff_agent.network.treatment import HERE, Attachment, Key, Situation, treat
 from handoff_agent.ovs_ports import GuestPort, OvsPorts
@@ -111,7 +111,10 @@ class Network:
         if is_new:
             await self._keep(self._save_told)
         await self.look()
-        return await self._put_if_there(before | set(self._tenants))
+        applied = await self._put_if_there(before | set(self._tenants))
+        for uuid in self._coming:
+            self._explore_neighbours(uuid)
+        return applied
 
     # What handoffs tell. Guests of which nobody told have no ports: nothing happens for them.
 
@@ -120,10 +123,11 @@ class Network:
 
         Each gets a frame that is nobody's first: of a guest that does not run yet, QEMU reads one frame, and loses it
         when the guest runs. Raises DeadlineError when they don't appear on the bridge, UnavailableError without a
-        bridge.
+        bridge, PreconditionError beside another guest that comes and whose group frames would be taken for its own.
         """
         if not ports:
             return
+        self._can_be_told_apart(uuid, ports)
         self._coming[uuid] = tuple(ports)
         self._index()
         try:
@@ -136,9 +140,7 @@ class Network:
                 f" within {TAPS_TIMEOUT_S:g} s: {self.bridge.message or 'is it plugged in elsewhere?'}"
             ) from None
         await self.bridge.put({each.key.tunnel for each in ports})
-        tunnels = {each.key.tunnel for each in ports}
-        neighbours = (each.location for tunnel in tunnels for each in self._tenants[tunnel].values())
-        self.explore(uuid, neighbours)
+        self._explore_neighbours(uuid)
         for each in ports:
             if (tap := self._taps.new(each.key)) is not None:
                 self.bridge.send((Output(tap.ofport),), NOBODYS_FRAME)
@@ -153,6 +155,10 @@ class Network:
         for tunnel in self._tunnels_of(uuid):
             for address in sorted(set(addresses) - {HERE}):
                 self.bridge.send(scout(tunnel, address, tunnel_port), NOBODYS_FRAME)
+
+    def _explore_neighbours(self, uuid: str) -> None:
+        tenants = (self._tenants.get(tunnel, {}) for tunnel in self._tunnels_of(uuid))
+        self.explore(uuid, (each.location for ports in tenants for each in ports.values()))
 
     async def redirect(self, uuid: str, destination: str) -> None:
         """A guest is about to be paused here: from now on its frames go to the tunnel endpoint of its destination.
@@ -339,6 +345,16 @@ class Network:
     def _forget_coming(self, uuid: str) -> None:
         for each in self._coming.pop(uuid, ()):
             self._taps.forget_new(each.key)
+
+    def _can_be_told_apart(self, uuid: str, ports: Sequence[Attachment]) -> None:
+        others = [each for other, coming in self._coming.items() if other != uuid for each in coming]
+        marks = {(each.key.tunnel, mark(each.key.mac)): each for each in others}
+        for each in ports:
+            if (other := marks.get((each.key.tunnel, mark(each.key.mac)))) is not None:
+                raise PreconditionError(
+                    f"guest {each.name} can't come while {other.name} does: group frames for {each.key.mac} and"
+                    f" {other.key.mac} would be taken for each other. Move it when {other.name} is here"
+                )
 
     async def _wait_for_taps(self, uuid: str, ports: Sequence[Attachment]) -> None:
         with self.bridge.port_changes() as changed:

@@ -40,6 +40,17 @@ _NICIRA_VENDOR: Final = 0x00002320
 _REG_MOVE: Final = 6
 _VLAN_ETHERTYPE: Final = 0x8100
 _ATOMIC_ORDERED: Final = 0b11
+_NXM: Final = {
+    Field.ETH_DST: (0, 1),
+    Field.ETH_SRC: (0, 2),
+    Field.ARP_SPA: (0, 16),
+    Field.ARP_TPA: (0, 17),
+    Field.ARP_SHA: (1, 17),
+    Field.ARP_THA: (1, 18),
+}
+"""Class and number of fields that are copied, in Open vSwitch's own extension."""
+_FLOW_STATS: Final = struct.Struct("!HBx8xHHHHHxxQ16x")
+_TLV: Final = struct.Struct("!HBB")
 
 
 class Type(IntEnum):
@@ -82,6 +93,15 @@ class PortDescription:
 
     number: int
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class SeenFlow:
+    """A flow of the switch that has our mark."""
+
+    cookie: int
+    is_as_made: bool
+    """It is what its cookie says. Otherwise somebody has changed it, or made it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +171,23 @@ def ask_ports(xid: int) -> bytes:
 
 def cookie(flow: Flow) -> int:
     """The flow's cookie: our mark, and a digest of all that the flow is. Equal cookies are equal flows."""
-    content = struct.pack("!BH", flow.table, flow.priority) + _match(flow.match) + _instructions(flow.actions)
-    if flow.lifetime_s:
-        content += struct.pack("!H", flow.lifetime_s)
+    return _cookie(flow.table, flow.priority, flow.lifetime_s, _match(flow.match), _instructions(flow.actions))
+
+
+def _cookie(table: int, priority: int, lifetime_s: int, match: bytes, instructions: bytes) -> int:
+    content = struct.pack("!BHH", table, priority, lifetime_s) + b"".join(_conditions(match)) + instructions
     return COOKIE_OWNER | int.from_bytes(blake2b(content, digest_size=6).digest())
+
+
+def _conditions(match: bytes) -> list[bytes]:
+    """In one order: a switch tells them in its own."""
+    found = []
+    end, position = struct.unpack_from("!2xH", match)[0], 4
+    while position < end:
+        length = _TLV.size + _TLV.unpack_from(match, position)[2]
+        found.append(match[position : position + length])
+        position += length
+    return sorted(found)
 
 
 # Answers.
@@ -166,12 +199,17 @@ def more_follows(body: bytes) -> bool:
     return bool(flags & 1)
 
 
-def flow_cookies(body: bytes) -> Iterator[int]:
-    """The cookies of the flows in a MULTIPART_REPLY."""
+def flows(body: bytes) -> Iterator[SeenFlow]:
+    """The flows in a MULTIPART_REPLY."""
     position = 8
     while position < len(body):
-        length, flow_cookie = struct.unpack_from("!H22xQ", body, position)
-        yield flow_cookie
+        length, table, priority, idle_s, lifetime_s, flags, _, flow_cookie = _FLOW_STATS.unpack_from(body, position)
+        match = position + _FLOW_STATS.size
+        instructions = match + _padded_size(struct.unpack_from("!2xH", body, match)[0])
+        is_as_made = not (idle_s or flags) and flow_cookie == _cookie(
+            table, priority, lifetime_s, body[match:instructions], body[instructions : position + length]
+        )
+        yield SeenFlow(flow_cookie, is_as_made)
         position += length
 
 
@@ -204,6 +242,12 @@ def _port(body: bytes, position: int) -> PortDescription:
 def _oxm_header(field: Field, *, masked: bool = False) -> int:
     oxm_class, number, size = field.value
     return (oxm_class << 16) | (number << 9) | (masked << 8) | (2 * size if masked else size)
+
+
+def _nxm_header(field: Field) -> int:
+    """As Open vSwitch tells it, whatever it was told."""
+    nxm_class, number = _NXM[field]
+    return (nxm_class << 16) | (number << 9) | field.size_bytes
 
 
 def _oxm(field: Field, value: int, mask: int | None = None) -> bytes:
@@ -242,9 +286,13 @@ def _action(action: SetField | CopyField | Output | PushVlan | PopVlan) -> bytes
             return struct.pack("!HH", 25, len(padded)) + padded[4:]
         case CopyField(source=source, target=target):
             bits = 8 * source.size_bytes
-            headers = (_oxm_header(source), _oxm_header(target))
+            headers = (_nxm_header(source), _nxm_header(target))
             return struct.pack("!HHIHHHHII", 0xFFFF, 24, _NICIRA_VENDOR, _REG_MOVE, bits, 0, 0, *headers)
 
 
 def _padded(content: bytes) -> bytes:
-    return content + bytes(-len(content) % 8)
+    return content.ljust(_padded_size(len(content)), b"\0")
+
+
+def _padded_size(size_bytes: int) -> int:
+    return size_bytes + -size_bytes % 8

@@ -135,7 +135,7 @@ def tenant_flows(members: Sequence[Port], tunnel_port: int | None) -> frozenset[
     if not any(port.present for port in members):
         return frozenset()
     tunnel = members[0].tunnel
-    found = set(_flood(tunnel, members, tunnel_port))
+    found = {*_flood(tunnel, members, tunnel_port), *_marked(tunnel, members)}
     if tunnel_port is not None:
         match = (Is(Field.IN_PORT, tunnel_port), Is(Field.TUNNEL_ID, tunnel))
         found.add(Flow(CLASSIFIER, CLASSIFIER_PRIORITY, match, (Goto(FROM_TUNNELS),)))
@@ -158,7 +158,7 @@ def scout(tunnel: int, address: str, tunnel_port: int) -> tuple[SetField | Outpu
 
 
 def mark(mac: str) -> int:
-    """The VLAN id of marked copies for a guest."""
+    """The VLAN id of marked copies for a port: the same at both hosts, and for one in 4094 of the others."""
     return 1 + zlib.crc32(mac_number(mac).to_bytes(6)) % _TAGS
 
 
@@ -226,10 +226,6 @@ def _delivery(port: Port, tunnel_port: int | None) -> Iterator[Flow]:
         yield Flow(FROM_PORTS, _USUAL, for_it, actions)
     if (actions := _send(port.from_tunnels, None if tunnel_port is None else IN_PORT)) is not None:
         yield Flow(FROM_TUNNELS, _USUAL, for_it, actions)
-    if port.marked is not None:
-        marked = Is(Field.VLAN_VID, VLAN_PRESENT | mark(port.mac))
-        match = (Is(Field.TUNNEL_ID, port.tunnel), _GROUP, marked)
-        yield Flow(FROM_TUNNELS, _SPECIAL, match, (PopVlan(), Output(port.marked.ofport)))
 
 
 def _send(place: Place | None, tunnel_port: int | None) -> tuple[Action, ...] | None:
@@ -265,12 +261,23 @@ def _flood(tunnel: int, members: Sequence[Port], tunnel_port: int | None) -> Ite
             yield Flow(FROM_TUNNELS, _LAST + 1, from_it, (*to_taps, *others_copies))
 
 
+def _marked(tunnel: int, members: Sequence[Port]) -> Iterator[Flow]:
+    """Ports of one mark are of one guest, and move together: see Network.expect."""
+    taps: dict[int, list[int]] = {}
+    for port in members:
+        if port.marked is not None:
+            taps.setdefault(mark(port.mac), []).append(port.marked.ofport)
+    for tag, numbers in taps.items():
+        match = (Is(Field.TUNNEL_ID, tunnel), _GROUP, Is(Field.VLAN_VID, VLAN_PRESENT | tag))
+        yield Flow(FROM_TUNNELS, _SPECIAL, match, (PopVlan(), *map(Output, sorted(numbers))))
+
+
 def _marked_copies(members: Sequence[Port], tunnel_port: int | None) -> Iterator[Action]:
-    moving = sorted((port.mac, port.groups.address) for port in members if isinstance(port.groups, Tunnel))
+    moving = sorted({(mark(port.mac), port.groups.address) for port in members if isinstance(port.groups, Tunnel)})
     if not moving or tunnel_port is None:
         return
     yield PushVlan()
-    for mac, address in moving:
-        yield SetField(Field.VLAN_VID, VLAN_PRESENT | mark(mac))
+    for tag, address in moving:
+        yield SetField(Field.VLAN_VID, VLAN_PRESENT | tag)
         yield SetField(Field.TUNNEL_DST, ip_number(address))
         yield Output(tunnel_port)

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from bench.switch import PARTS, Reading, View, missed_ticks_ms, spread, summary, tables, targets
+from bench.switch import PARTS, Reading, Session, View, missed_ticks_ms, spread, summary, tables, targets
 from handoff_lab.probe import Stall
 
 
@@ -12,7 +12,7 @@ def view(gap_ms: float, beside_ms: float, lost: int = 0, duplicated: int = 0) ->
     return View(gap_ms, beside_ms, beside_ms + 5, 1000, lost, duplicated, 0, 20)
 
 
-def reading(way: str, host: View, gateway: View, *, tcp_survived: bool = True) -> Reading:
+def reading(way: str, host: View, gateway: View, *, lost_pings: int = 0, cut_off: bool = False) -> Reading:
     return Reading(
         way=way,
         source="h1",
@@ -25,8 +25,9 @@ def reading(way: str, host: View, gateway: View, *, tcp_survived: bool = True) -
         host=host,
         gateway=gateway,
         ping=host,
-        tcp_silence_ms=60.0,
-        tcp_survived=tcp_survived,
+        gateway_ping=view(59.0, 9.0, lost=lost_pings),
+        tcp=Session(60.0, survived=True),
+        gateway_tcp=Session(61.0, survived=not cut_off),
         parts_ms=dict.fromkeys(PARTS, 9.0),
         by_record_ms={"paused_to_held": 30.0},
     )
@@ -59,9 +60,14 @@ def test_targets_are_of_both_views() -> None:
         "gateway: gap < 100 ms at the median",
         "gateway: no frame lost",
     }
-    doubled = reading("redirect", view(58.0, 8.0, duplicated=1), view(59.0, 9.0), tcp_survived=False)
+    doubled = reading("redirect", view(58.0, 8.0, duplicated=1), view(59.0, 9.0), lost_pings=1, cut_off=True)
     missed = {name for name, met in targets([fine, fine, doubled]).items() if not met}
-    assert missed == {"third host: no frame twice", "every TCP session survived"}
+    assert missed == {
+        "third host: no frame twice",
+        "third host: no ping lost or answered twice",
+        "gateway: no ping lost or answered twice",
+        "gateway: every TCP session survived",
+    }
 
 
 def test_summary_and_tables_name_every_part() -> None:

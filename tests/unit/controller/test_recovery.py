@@ -150,6 +150,27 @@ async def test_back_to_the_source_by_the_operators_word(fleet: Fleet) -> None:
     assert ("abort", "m1") in fleet.h1.calls
 
 
+async def test_a_fence_that_has_no_part_in_the_decision_is_refused_and_nothing_is_touched(fleet: Fleet) -> None:
+    fleet.h2.away_from_activate = {"activate", "watch"}
+    async with fleet.led() as conductor:
+        before = await fleet.stands_still(conductor)
+        for fenced, why in (
+            ("h2", "can't go on at h2 when h2 is off.*--to source --i-have-fenced h2"),
+            ("h1", "whether h1 is off makes no difference yet.*`handoff recover m1 --to destination`"),
+            ("h9", "h9 has no part in migration m1, which is from h1 to h2"),
+        ):
+            for lossy in (False, True):
+                with pytest.raises(InvalidArgumentError, match=why):
+                    await conductor.recover(recover(DESTINATION, fenced=fenced, lossy=lossy))
+        after = await fleet.reader.migration("m1")
+        await conductor.recover(recover(DESTINATION))
+        waiting = await fleet.reader.migration("m1")
+
+    assert not after.HasField("recovery")
+    assert after.needs_decision == before.needs_decision
+    assert waiting.recovery.target == DESTINATION
+
+
 async def test_an_agent_that_answers_is_not_fenced(fleet: Fleet) -> None:
     fleet.has_fence_command()
     fleet.h2.away = {"activate"}
@@ -337,6 +358,8 @@ async def test_a_source_that_dies_while_its_disks_are_pulled_keeps_them(fleet: F
         await pulls(fleet, conductor)
         with pytest.raises(PreconditionError, match="h1 answers"):
             await conductor.recover(recover(DESTINATION, fenced="h1", lossy=True))
+        with pytest.raises(InvalidArgumentError, match="can't go on at h2 when h2 is off"):
+            await conductor.recover(recover(DESTINATION, fenced="h2", lossy=True))
         fleet.h1.away = {"all"}
         await conductor.recover(recover(DESTINATION, fenced="h1", lossy=True))
         done = await fleet.ends()

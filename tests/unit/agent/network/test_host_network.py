@@ -19,13 +19,14 @@ from handoff_agent.ledger import Record
 from handoff_agent.network import bridge, knowledge, network
 from handoff_agent.network.companion import LeavingPorts
 from handoff_agent.network.connection import OpenFlowConnection
-from handoff_agent.network.flow import Flow
+from handoff_agent.network.flow import Flow, Output, SetField
 from handoff_agent.network.knowledge import Moves, Store, Told
 from handoff_agent.network.network import Network
 from handoff_agent.network.newcomers import Definition
+from handoff_agent.network.pipeline import mark, scout
 from handoff_agent.network.treatment import HERE, Attachment, Key
 from handoff_agent.ovs_ports import OvsPorts
-from handoff_agent.rules import HELD, SOURCE
+from handoff_agent.rules import HELD, READY, SOURCE
 from handoff_agent.settings import NetworkSettings
 from handoff_common.errors import DeadlineError, PreconditionError, UnavailableError
 
@@ -176,6 +177,23 @@ async def test_a_flow_that_somebody_deleted_comes_back(
         await until(lambda: switch.flows() == before)
 
 
+@pytest.mark.parametrize("change", ["mod-flows", "add-flow"])
+async def test_a_flow_that_somebody_changed_is_put_right(
+    switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """It keeps our cookie, or loses it."""
+    monkeypatch.setattr(bridge, "CHECK_EVERY_S", 0.1)
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST))
+        before = switch.flows()
+        [ours] = [line for line in before if "table=203" in line and "dl_dst=52" in line]
+        match = ours.partition(", ")[2].partition(" actions=")[0]
+        switch.ofctl(change, f"{match},actions=NORMAL")
+        assert switch.flows() != before
+        await until(lambda: switch.flows() == before)
+
+
 async def test_a_guest_that_comes_is_served_from_its_taps_on(switch: DummySwitch, tmp_path: Path) -> None:
     async with running(switch, tmp_path) as here:
         await here.tell(told(ELSEWHERE, PEER))
@@ -191,6 +209,35 @@ async def test_a_guest_that_comes_is_served_from_its_taps_on(switch: DummySwitch
         assert deliveries(switch) == {"202": f"output:{number}", "203": f"output:{number}"}
 
 
+async def test_the_ways_that_its_frames_will_take_are_tried_more_than_once(
+    switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[SetField | Output, ...]] = []
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await until(lambda: "handoff0" in here.bridge.numbers)
+        monkeypatch.setattr(here.bridge, "send", lambda actions, frame: tried.append(actions))
+        gateway = replace(
+            PEER, key=Key(1001, "02:00:00:30:00:fe"), addresses=(), location="10.21.0.254", domain_uuid=""
+        )
+        ways = {scout(1001, address, here.bridge.numbers["handoff0"]) for address in ("10.21.0.3", "10.21.0.254")}
+        await here.tell(told(ELSEWHERE, gateway))
+        assert tried == []
+        await here.expect(GUEST.domain_uuid, [GUEST])
+        assert ways < set(tried), "and its own tap"
+        tried.clear()
+        await here.tell(told(replace(ELSEWHERE, arriving="10.21.0.1"), gateway, generation=2))
+        assert set(tried) == ways
+        tried.clear()
+        await here.tell(told(GUEST, gateway, generation=3))
+        assert tried == []
+        record = Record("m1", SOURCE, READY, domain_uuid=GUEST.domain_uuid, tunnel_address="10.21.0.3")
+        leaving = LeavingPorts(here, cast(Handoff, SimpleNamespace(record=record)))
+        await leaving.begin()
+        await leaving.ordered()
+        assert tried == 2 * [scout(1001, "10.21.0.3", here.bridge.numbers["handoff0"])]
+
+
 async def test_a_guest_that_does_not_come_leaves_nothing(switch: DummySwitch, tmp_path: Path) -> None:
     plug(switch, "vnet0")
     async with running(switch, tmp_path) as here:
@@ -201,6 +248,27 @@ async def test_a_guest_that_does_not_come_leaves_nothing(switch: DummySwitch, tm
         assert switch.flows() == before
         switch.unplug("vnet0")
     assert Store(tmp_path).load() == (Told(), Moves())
+
+
+async def test_two_guests_that_come_at_once_are_told_apart_or_one_is_refused(
+    switch: DummySwitch, tmp_path: Path
+) -> None:
+    alike = replace(PEER, key=Key(1001, "52:54:00:30:16:5e"))
+    assert mark(alike.key.mac) == mark(GUEST.key.mac)
+    plug(switch, "vnet0")
+    switch.plug("vnet1", alike.domain_uuid, alike.key.mac)
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(ELSEWHERE, alike))
+        await here.expect(GUEST.domain_uuid, [GUEST])
+        before = switch.flows()
+        with pytest.raises(PreconditionError, match="db can't come while web does"):
+            await here.expect(alike.domain_uuid, [alike])
+        assert switch.flows() == before
+        other_tenant = replace(alike, key=Key(1002, alike.key.mac))
+        await here.expect(alike.domain_uuid, [other_tenant])
+        await here.not_coming(alike.domain_uuid)
+        await here.not_coming(GUEST.domain_uuid)
+        await here.expect(alike.domain_uuid, [alike])
 
 
 async def test_a_guest_whose_tap_does_not_appear_is_refused(
@@ -236,8 +304,10 @@ async def test_a_change_whose_end_was_not_seen_is_undone_all_the_same(
     plug(switch, "vnet0")
     apply = OpenFlowConnection.apply
 
-    async def apply_unseen(self: OpenFlowConnection, added: Sequence[Flow], deleted: Sequence[int]) -> None:
-        await apply(self, added, deleted)
+    async def apply_unseen(
+        self: OpenFlowConnection, added: Sequence[Flow], deleted: Sequence[int], first: Sequence[int] = ()
+    ) -> None:
+        await apply(self, added, deleted, first)
         raise DeadlineError("nobody saw it")
 
     async with running(switch, tmp_path) as here:

@@ -9,10 +9,11 @@ from dummy_switch import DummySwitch
 from hypothesis import HealthCheck, given, settings
 from test_pipeline import HOSTS, Move, moves
 
+from handoff_agent.network.bridge import differences
 from handoff_agent.network.connection import OpenFlowConnection
-from handoff_agent.network.flow import Field, Flow, Goto, Is, Output, SetField
+from handoff_agent.network.flow import Field, Flow, Goto, Is, Output, SetField, mac_number
 from handoff_agent.network.openflow import PortDescription, cookie
-from handoff_agent.network.pipeline import Tap, common_flows, scout, tenant_flows
+from handoff_agent.network.pipeline import FROM_PORTS, Tap, common_flows, scout, tenant_flows
 from handoff_agent.network.treatment import Attachment, Key, Situation, treat
 from handoff_common.errors import PreconditionError, UnavailableError
 
@@ -32,6 +33,13 @@ EXPECTED = {
     "table=202, priority=200,tun_id=0x3e9,dl_dst=52:54:00:30:00:0b actions=set_field:10.21.0.2->tun_dst,output:99",
     "table=203, priority=200,tun_id=0x3e9,dl_dst=52:54:00:30:00:0c actions=set_field:10.21.0.3->tun_dst,IN_PORT",
 }
+
+
+async def cookies(connection: OpenFlowConnection) -> set[int]:
+    """Of our flows, all of which must be as we made them."""
+    flows = await connection.flows()
+    assert all(flow.is_as_made for flow in flows), "the switch tells them in another way than we do"
+    return {flow.cookie for flow in flows}
 
 
 @asynccontextmanager
@@ -55,7 +63,7 @@ async def test_flows_are_what_they_say(switch: DummySwitch) -> None:
     flows = some_flows()
     async with connected(switch, []) as connection:
         await connection.apply(tuple(flows), ())
-        assert await connection.flow_cookies() == {cookie(flow) for flow in flows}
+        assert await cookies(connection) == {cookie(flow) for flow in flows}
     lines = switch.flows("cookie=0x48ff000000000000/0xffff000000000000")
     assert len(lines) == len(flows)
     assert {line.partition(", ")[2] for line in lines} >= EXPECTED
@@ -65,12 +73,12 @@ async def test_flows_are_what_they_say(switch: DummySwitch) -> None:
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 async def test_every_flow_of_a_move_is_accepted(switch: DummySwitch, move: Move) -> None:
     async with connected(switch, []) as connection:
-        there = await connection.flow_cookies()
+        there = await cookies(connection)
         for host in HOSTS:
             flows = {cookie(flow): flow for flow in move.fabric.flows(host)}
             added = [flow for number, flow in flows.items() if number not in there]
             await connection.apply(added, [number for number in there if number not in flows])
-            there = await connection.flow_cookies()
+            there = await cookies(connection)
             assert there == set(flows)
 
 
@@ -79,18 +87,18 @@ async def test_a_refused_flow_changes_nothing(switch: DummySwitch) -> None:
     wrong = Flow(200, 1, (Is(Field.UDP_SRC, 68),))
     async with connected(switch, []) as connection:
         await connection.apply(tuple(some_flows()), ())
-        before = await connection.flow_cookies()
+        before = await cookies(connection)
         with pytest.raises(PreconditionError, match="refused 1 of"):
             await connection.apply((Flow(0, 1, (Is(Field.IN_PORT, 5),)), wrong), tuple(before))
-        assert await connection.flow_cookies() == before
+        assert await cookies(connection) == before
 
 
 async def test_the_sites_flows_are_not_ours(switch: DummySwitch) -> None:
     switch.ofctl("add-flow", "table=0,priority=5,in_port=7,actions=NORMAL")
     async with connected(switch, []) as connection:
         await connection.apply(tuple(some_flows()), ())
-        await connection.apply((), tuple(await connection.flow_cookies()))
-        assert await connection.flow_cookies() == frozenset()
+        await connection.apply((), tuple(await cookies(connection)))
+        assert await cookies(connection) == set()
     assert any("priority=5,in_port=7 actions=NORMAL" in line for line in switch.flows())
 
 
@@ -100,7 +108,43 @@ async def test_another_action_for_the_same_match_takes_the_place_of_the_first(sw
     async with connected(switch, []) as connection:
         await connection.apply((first,), ())
         await connection.apply((second,), (cookie(first),))
-        assert await connection.flow_cookies() == {cookie(second)}
+        assert await cookies(connection) == {cookie(second)}
+
+
+async def test_a_flow_that_somebody_has_changed_is_not_what_its_cookie_says(switch: DummySwitch) -> None:
+    flows = tuple(some_flows())
+    async with connected(switch, []) as connection:
+        await connection.apply(flows, ())
+        switch.ofctl("mod-flows", "table=202,tun_id=0x3e9,dl_dst=52:54:00:30:00:0b,actions=NORMAL")
+        [changed] = [seen for seen in await connection.flows() if not seen.is_as_made]
+        missing, surplus, altered = differences(await connection.flows(), flows)
+        assert surplus == []
+        assert [cookie(flow) for flow in missing] == altered == [changed.cookie]
+        await connection.apply(missing, surplus, altered)
+        assert await cookies(connection) == {cookie(flow) for flow in flows}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "table=202,priority=200,tun_id=0x3e9,dl_dst=52:54:00:30:00:0b,actions=drop",
+        "table=202,priority=201,tun_id=0x3e9,dl_dst=52:54:00:30:00:0b,actions=set_field:10.21.0.2->tun_dst,output:99",
+        "table=202,priority=200,tun_id=0x3e9,dl_dst=52:54:00:30:00:0d,actions=set_field:10.21.0.2->tun_dst,output:99",
+        "table=202,priority=200,idle_timeout=9,tun_id=0x3e9,dl_dst=52:54:00:30:00:0b,"
+        "actions=set_field:10.21.0.2->tun_dst,output:99",
+    ],
+)
+async def test_a_flow_that_somebody_else_made_with_a_cookie_of_ours_goes(switch: DummySwitch, other: str) -> None:
+    """Whether it has taken the place of ours or is there beside it."""
+    flows = tuple(some_flows())
+    to_other = Is(Field.ETH_DST, mac_number(OTHER.key.mac))
+    [ours] = [cookie(flow) for flow in flows if flow.table == FROM_PORTS and to_other in flow.match]
+    async with connected(switch, []) as connection:
+        await connection.apply(flows, ())
+        switch.ofctl("add-flow", f"cookie={ours:#x},{other}")
+        await connection.apply(*differences(await connection.flows(), flows))
+        assert await cookies(connection) == {cookie(flow) for flow in flows}
+    assert len(switch.flows("cookie=0x48ff000000000000/0xffff000000000000")) == len(flows)
 
 
 async def test_ports_are_told_as_they_come_and_go(switch: DummySwitch) -> None:
@@ -128,6 +172,6 @@ async def test_without_a_switch_it_says_so(switch: DummySwitch) -> None:
         switch.kill()
         with pytest.raises(UnavailableError):
             while True:
-                await connection.flow_cookies()
+                await cookies(connection)
     with pytest.raises(UnavailableError, match="no bridge at"):
         await OpenFlowConnection.open(switch.management, lambda present, port: None)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_fabric import NORMAL, TUNNEL_PORT, Fabric, Guest, arp_request, frame, process
 
-from handoff_agent.network.flow import Field, ip_number, mac_number
-from handoff_agent.network.pipeline import Tap, common_flows, tenant_flows
+from handoff_agent.network.flow import Field, Output, PopVlan, PushVlan, ip_number, mac_number
+from handoff_agent.network.pipeline import FROM_PORTS, Port, Tap, Tunnel, common_flows, mark, tenant_flows
 from handoff_agent.network.treatment import HERE, Attachment, Key, Situation, treat
 
 HOSTS = ("10.21.0.1", "10.21.0.2", "10.21.0.3")
@@ -233,6 +233,18 @@ def test_a_paused_guest_gets_nothing() -> None:
         packet = {**frame("02:00:00:00:00:01", target), Field.TUNNEL_ID: 1001}
         reached = fabric.deliver(HOSTS[0], TUNNEL_PORT, packet)
         assert [(host, port) for host, port, _ in reached] == [(HOSTS[1], NEW_TAP)]
+
+
+def test_two_ports_of_a_guest_with_the_same_mark_get_each_group_frame_once() -> None:
+    macs = ("52:54:00:30:00:0a", "52:54:00:30:16:5e")
+    assert len({mark(mac) for mac in macs}) == 1
+    source, destination = Tunnel("10.21.0.1"), Tunnel("10.21.0.2")
+    leaving = [Port(mac, 1001, senders=(n,), groups=destination) for n, mac in enumerate(macs, 10)]
+    coming = [Port(mac, 1001, place=source, marked=Tap(n)) for n, mac in enumerate(macs, 10)]
+    sent = [flow for flow in tenant_flows(leaving, 99) if flow.table == FROM_PORTS and PushVlan() in flow.actions]
+    assert [flow.actions.count(Output(99)) for flow in sent] == [1]
+    [taken] = [flow for flow in tenant_flows(coming, 99) if PopVlan() in flow.actions]
+    assert taken.actions == (PopVlan(), Output(10), Output(11))
 
 
 def test_a_tenant_without_a_port_here_has_no_flows() -> None:

@@ -1,5 +1,6 @@
 """A fleet of three hosts for the whole session, and small labs of their own for tests that break theirs."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from labs import end_lab, new_lab
 from moves import Moves, Subject
 
 from handoff_lab.fleet import Fleet
+from handoff_lab.gateway import NAME as GATEWAY
 from handoff_lab.guest import Guests
 from handoff_lab.networks import RED
 
@@ -84,6 +86,8 @@ async def subject(moves: Moves, guests: Guests, shelf: Shelf) -> AsyncIterator[S
 
 
 @pytest.fixture
-async def tenant(moves: Moves, guests: Guests) -> Subject:
+async def tenant(moves: Moves, guests: Guests, fleet: Fleet) -> Subject:
     """A guest of tenant red on h1."""
+    # It learns by itself, and knows the guest's MAC from the guests of other tests, on other hosts.
+    await asyncio.to_thread(fleet.node(GATEWAY).run, ["ip", "neigh", "flush", "dev", RED.interface])
     return await Subject.create(moves, "red-1", "h1", disks=(), network=RED.name)

@@ -179,13 +179,14 @@ def story(migration: Migration) -> str:
 class Subject:
     """The guest that a test moves, and what it must still be afterwards."""
 
-    def __init__(self, moves: Moves, record: GuestRecord, before: GuestStatus) -> None:
+    def __init__(self, moves: Moves, record: GuestRecord, before: GuestStatus, build: str) -> None:
         self.moves = moves
         self.fleet = moves.fleet
         self.record = record
         self.name = record.name
         self.inside = GuestControl(self.fleet.node(OBSERVER), record.ip)
         self._before = before
+        self._build = build
 
     @classmethod
     async def create(
@@ -204,8 +205,7 @@ class Subject:
         boot = partial(Guests(moves.fleet).create, disks=disks, release=release, machine=machine, network=network)
         record = await asyncio.to_thread(boot, name, host, memory_mib)
         before = await GuestControl(moves.fleet.node(OBSERVER), record.ip).status()
-        await moves.known(name)
-        return cls(moves, record, before)
+        return cls(moves, record, before, (await moves.known(name)).domain.emulator_name)
 
     async def host(self) -> str:
         """Where it runs, by libvirt's word. Fails when it runs nowhere, or twice."""
@@ -230,14 +230,16 @@ class Subject:
         assert list(guest.conflicts) == []
 
     async def is_as_new(self) -> bool:
-        """Whether another test may have it: in slot a of its host, idle, and nothing left of what was done to it."""
+        """Whether another test may have it: under its QEMU build, in slot a, idle, and nothing left of any move."""
         try:
             await self.must_be_at(await self.host())
             status = await self.inside.status()
+            build = (await self.moves.guest(self.name)).domain.emulator_name
         except (AssertionError, LabError, OSError, TimeoutError, grpc.aio.AioRpcError):
             return False
         slots = {seen.slot for seen in await asyncio.to_thread(Guests(self.fleet).find, self.name)}
-        return slots == {"a"} and not status.dirty.working_set_mib and not status.journal.running
+        is_idle = not status.dirty.working_set_mib and not status.journal.running
+        return is_idle and (slots, build) == ({"a"}, self._build)
 
     async def _nothing_left(self, home: str, deadline_s: float = 20) -> None:
         until = asyncio.get_running_loop().time() + deadline_s

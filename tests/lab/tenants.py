@@ -1,22 +1,26 @@
 """What the tests of tenants' networks share: what a host makes of a port, its flows, and datagrams to a guest."""
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from moves import CALL_S, Subject, story
+from moves import CALL_S, Subject, order_held_up, story
 
 from handoff.agent.v1.flow_pb2 import GetNetworkRequest, GetNetworkResponse
 from handoff.agent.v1.flow_pb2_grpc import FlowServiceStub
+from handoff.agent.v1.qemu_pb2 import HandoffRole, HandoffState
 from handoff.controller.v1.migrations_pb2 import Migration
 from handoff_common.channel import open_channel
 from handoff_controller.machine import State, state_of
 from handoff_lab.fleet import Fleet
 from handoff_lab.networks import RED
 from handoff_lab.probe import UdpProbe
+from soak.clients import AgentSide
 
 OURS = "cookie=0x48ff000000000000/0xffff000000000000"
 INTERVAL_MS = 4
+HELD = frozenset({HandoffState.HANDOFF_STATE_HELD})
 
 
 async def network_of(fleet: Fleet, host: str) -> GetNetworkResponse:
@@ -57,6 +61,19 @@ async def probed(subject: Subject, *nodes: str) -> AsyncIterator[list[UdpProbe]]
     finally:
         for probe in probes:
             await probe.stop()
+
+
+@asynccontextmanager
+async def held(subject: Subject, there: str) -> AsyncIterator[Migration]:
+    """A migration that has all of its guest at the destination, and is committed when this ends."""
+    here, etcd = await subject.host(), subject.fleet.daemon("etcd1", "etcd")
+    try:
+        async with order_held_up(subject, there) as migration:
+            etcd.signal(signal.SIGSTOP)
+        await AgentSide(subject.fleet.lab, here).reaches(migration.id, HandoffRole.HANDOFF_ROLE_SOURCE, HELD)
+        yield migration
+    finally:
+        etcd.signal(signal.SIGCONT)
 
 
 async def ended(subject: Subject, migration_id: str) -> Migration:

@@ -10,11 +10,10 @@ from functools import partial
 
 import pytest
 from moves import FAST, OBSERVER, Moves, Subject, order_held_up, qemu_on, story
-from tenants import INTERVAL_MS, OURS, ended, network_of, ovs, place_on, probed
+from tenants import INTERVAL_MS, OURS, ended, held, network_of, ovs, place_on, probed
 
 from handoff.agent.v1.flow_pb2 import PortHandoff
-from handoff.agent.v1.qemu_pb2 import HandoffRole, HandoffState
-from handoff.controller.v1.migrations_pb2 import Migration
+from handoff.controller.v1.migrations_pb2 import Migration, MigrationOptions
 from handoff_controller.machine import State, state_of
 from handoff_lab.fleet import Fleet
 from handoff_lab.gateway import NAME as GATEWAY
@@ -30,7 +29,7 @@ SWITCH_DEADLINE_S = 2
 SLACK_S = 1
 SETTLES_S = 15
 BESIDE_S = 0.1
-HELD = frozenset({HandoffState.HANDOFF_STATE_HELD})
+SLOWER = MigrationOptions(bandwidth_bytes_per_s=24 << 20)
 
 
 async def flows_on(fleet: Fleet, host: str) -> set[str]:
@@ -67,19 +66,6 @@ async def paused_at_its_source(subject: Subject, there: str) -> AsyncIterator[Mi
         yield migration
     finally:
         os.kill(destination, signal.SIGCONT)
-
-
-@asynccontextmanager
-async def held(subject: Subject, there: str) -> AsyncIterator[Migration]:
-    """A migration that has all of its guest at the destination, and is committed when this ends."""
-    here, etcd = await subject.host(), subject.fleet.daemon("etcd1", "etcd")
-    try:
-        async with order_held_up(subject, there) as migration:
-            etcd.signal(signal.SIGSTOP)
-        await AgentSide(subject.fleet.lab, here).reaches(migration.id, HandoffRole.HANDOFF_ROLE_SOURCE, HELD)
-        yield migration
-    finally:
-        etcd.signal(signal.SIGCONT)
 
 
 async def test_a_link_that_is_cut_in_the_pause_gives_the_guest_back_with_its_frames(
@@ -173,15 +159,14 @@ async def test_two_guests_of_a_tenant_that_move_at_one_time_lose_nothing(
     """One comes to h1 while the other leaves it."""
     other = await Subject.create(moves, "red-2", OBSERVER, disks=(), network=RED.name)
     assert await other.host() == OBSERVER
-    # It learns by itself, and may know the guests' MACs from guests of other tests, on other hosts.
-    await ovs(fleet, GATEWAY, "ip", "neigh", "flush", "dev", RED.interface)
     async with (
         TcpSession(fleet.node(GATEWAY), tenant.record.ip, interface=RED.interface) as of_tenant,
         TcpSession(fleet.node(GATEWAY), other.record.ip, interface=RED.interface) as of_other,
         probed(tenant, GATEWAY, OBSERVER) as to_tenant,
         probed(other, GATEWAY, "h2") as to_other,
     ):
-        created = await asyncio.gather(moves.create(tenant.name, "h2", FAST), moves.create(other.name, "h1", FAST))
+        # Not with both pauses at once: a userspace bridge may lose anybody's frame when a tap is plugged or unplugged.
+        created = await asyncio.gather(moves.create(tenant.name, "h2", FAST), moves.create(other.name, "h1", SLOWER))
         done = await asyncio.gather(ended(tenant, created[0].id), ended(other, created[1].id))
     begins, ends = zip(*(_copied(migration) for migration in done), strict=True)
     assert max(begins) < min(ends), "they did not move at one time"
@@ -194,7 +179,6 @@ async def test_two_guests_of_a_tenant_that_move_at_one_time_lose_nothing(
             print(f"pause {pause_ms:.0f}, gap {result.longest_gap_ms:.0f} ms, of {result.sent} lost {after_pause_ms}")
         for result in (probe.result() for probe in probes):
             assert result.duplicated == 0
-            # A userspace bridge may lose a frame of anybody's when the other's tap is plugged in.
             assert [sent_s for sent_s in result.unanswered if paused_s - BESIDE_S < sent_s < ran_s + BESIDE_S] == []
             assert result.lost * INTERVAL_MS < 1000 * BESIDE_S
     for session in (of_tenant, of_other):

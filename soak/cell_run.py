@@ -23,8 +23,9 @@ from soak.scene import Cast, Scene
 
 log = structlog.get_logger()
 
-TOLD_S: Final = 60.0
-"""How long a migration may take until it is final, or says what it waits for, while the fault lasts."""
+TOLD_S: Final = 90.0
+"""How long a migration may take until it is final, or says what it waits for, while the fault lasts. One that waits for
+its turn first waits for the abort of another, which meets the same fault."""
 ENDS_S: Final = 60.0
 """How long it may take once the fault is over."""
 ATTEMPTS: Final = 3
@@ -124,13 +125,25 @@ async def _held(scene: Scene, moment: Moment, result: Result) -> tuple[Cast, Hol
 
 async def _last(scene: Scene, expected: Expectation, migration_id: str, witnesses: Witnesses, result: Result) -> None:
     """Waits while a fault lasts, until the migration is final, or says what it waits for."""
-    migration = await scene.controllers.until(migration_id, _is_told, TOLD_S)
+    migration = await _told(scene, migration_id)
     await asyncio.sleep(SETTLES_S)
     result.waited = not witnesses.runs()
     if result.waited and not expected.waits:
         result.problems.append(f"the guest does not run while the fault lasts: {story(migration)}")
     if result.waited and not migration.needs_decision:
         result.problems.append(f"the guest waits, and nobody is told what to decide: {story(migration)}")
+
+
+async def _told(scene: Scene, migration_id: str) -> Migration:
+    """Raises Missed when it says nothing."""
+    try:
+        return await scene.controllers.until(migration_id, _is_told, TOLD_S)
+    except Missed:
+        migration = await scene.controllers.until(migration_id, lambda _: True, TOLD_S)
+        # The fault keeps the one before it.
+        if state_of(migration) is State.PLANNED and migration.waiting_for:
+            return migration
+        raise
 
 
 def _is_told(migration: Migration) -> bool:

@@ -155,7 +155,9 @@ def _destination_qemu(moment: Moment, blow: Blow) -> Expectation | None:
         owns = moment is Moment.FINISHING
         return Expectation(Where.LOST, None) if owns else Expectation(Where.SOURCE, 1.0 + SLACK_S)
     if moment in (Moment.HELD, Moment.COMMITTED, Moment.FINISHING):
-        return Expectation(Where.DESTINATION, FREEZE_S + SLACK_S)
+        # One that does not answer in time is not told to run, and the source goes on once it is gone.
+        where = Where.DESTINATION if moment is Moment.FINISHING else Where.EITHER
+        return Expectation(where, FREEZE_S + SLACK_S)
     where = Where.SOURCE if moment in (Moment.PAUSED, Moment.ABORTING) else Where.EITHER
     return Expectation(where, SWITCH_DEADLINE_S + 1.0 + SLACK_S)
 
@@ -164,7 +166,9 @@ def _killed_together(moment: Moment) -> Expectation | None:
     alone = _destination_qemu(moment, Blow.KILL)
     if alone is None or alone.outage_s is None:
         return alone
-    return Expectation(alone.where, MIN_TTL_S + 2.0 + SLACK_S if moment in STANDS_STILL else alone.outage_s)
+    # The next leader prepares anew where the last one's order has not been answered.
+    where = Where.EITHER if moment is Moment.PREPARING else alone.where
+    return Expectation(where, MIN_TTL_S + 2.0 + SLACK_S if moment in STANDS_STILL else alone.outage_s)
 
 
 def _cut(moment: Moment, link: Link, lasting: Lasting) -> Expectation:
@@ -199,7 +203,9 @@ def _source_out_of_reach(moment: Moment, lasting: Lasting) -> Expectation:
         return Expectation(Where.EITHER, FREEZE_S + PATIENCE_S + SLACK_S, waits=waits)
     if moment is Moment.COPYING and lasting is Lasting.A_WHILE:
         return Expectation(Where.EITHER, SWITCH_DEADLINE_S + SLACK_S)
-    where = Where.SOURCE if lasting is Lasting.FOR_GOOD else _lenient_home(moment)
+    # One that waits for its turn goes its way after the fault.
+    is_over = lasting is Lasting.FOR_GOOD and moment is not Moment.PLANNED
+    where = Where.SOURCE if is_over else _lenient_home(moment)
     return Expectation(where, SLACK_S)
 
 
@@ -216,7 +222,8 @@ def _destination_out_of_reach(moment: Moment, lasting: Lasting) -> Expectation:
 
 def _disk_full(moment: Moment) -> Expectation:
     if moment is Moment.PLANNED:
-        return Expectation(Where.SOURCE, SLACK_S)
+        # It may be over by the time that the migration's turn comes.
+        return Expectation(Where.EITHER, SLACK_S)
     if moment is Moment.FINISHING:
         return Expectation(Where.DESTINATION, SLACK_S)
     if moment is Moment.ABORTING:

@@ -76,6 +76,8 @@ def test_after_the_commit_there_is_only_forward(moment: Moment) -> None:
     for fault in FAULTS:
         if fault in (KILLED[Victim.DESTINATION_QEMU],) or not isinstance(fault, Struck | Cut):
             continue
+        if moment is Moment.COMMITTED and fault == Struck(Victim.DESTINATION_QEMU, Blow.FREEZE):
+            continue  # not told to run, and killed
         assert expected_where(moment, fault) is Where.DESTINATION
 
 

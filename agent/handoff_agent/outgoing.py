@@ -16,12 +16,13 @@ does QEMU pause the guest, by itself, and send the state of its devices.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 from handoff_agent.local_sockets import cpr_socket, main_socket
-from handoff_agent.monitor import Json, MigrationInfo, Monitor
+from handoff_agent.monitor import Json, MigrationInfo, Monitor, QmpError
 
 UNLIMITED_BYTES_PER_S: Final = 1 << 50
 # QEMU sends one page in each of its windows of 100 ms at this rate.
@@ -164,6 +165,9 @@ class OutgoingMigration:
 
     async def tidy(self) -> None:
         """Gives QEMU its defaults back, for whoever migrates this guest next."""
+        # A `migrate` that never came left it with its connection; one that comes late is refused without it.
+        with contextlib.suppress(QmpError):
+            await self._monitor.execute("closefd", {"fdname": _FD_NAME})
         # libvirt switches "events" on for its own use.
         on = await self._monitor.query_capabilities()
         ours = {*_CAPABILITIES, _GATE, *MULTIFD_CAPABILITY} - {"events"}

@@ -7,7 +7,7 @@ import functools
 import os
 import signal
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from handoff_agent.handoffs import Handoffs
 from handoff_agent.inventory import Inventory
 from handoff_agent.ledger import Ledger, TermGuard
 from handoff_agent.local_sockets import LocalSockets
-from handoff_agent.monitor import Monitor
+from handoff_agent.monitor import Json, Monitor, QmpError
 from handoff_agent.rules import (
     ABORTED,
     ACTIVE,
@@ -518,6 +518,23 @@ async def test_a_guest_that_can_not_start_leaves_nothing(move: Move) -> None:
         await move.target.handoffs.prepare_destination(move.id, guest, "a", validate_only=False)
     assert await move.target.domain_names() == []
     assert not list((move.target.state_dir / "handoffs").glob("*.json"))
+
+
+async def test_a_transfer_that_could_not_begin_leaves_qemu_no_connection(
+    move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute = Monitor.execute
+
+    async def hangs(self: Monitor, command: str, arguments: Mapping[str, Json] | None = None, **options: bool) -> Json:
+        if command == "migrate":
+            raise DeadlineError("libvirtd does not answer")
+        return await execute(self, command, arguments, **options)
+
+    monkeypatch.setattr(Monitor, "execute", hangs)
+    await move.advance(TRANSFERRING)
+    assert "libvirtd does not answer" in (await move.until(FAILED)).message
+    with pytest.raises(QmpError, match="not found"):
+        await Monitor(move.source.slot, move.guest).execute("closefd", {"fdname": "handoff"})
 
 
 async def test_an_unreachable_destination_fails_the_transfer(move: Move) -> None:

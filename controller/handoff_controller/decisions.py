@@ -54,7 +54,11 @@ def is_taken(migration: Migration, decision: Decision) -> bool:
 def check_fence(migration: Migration, decision: Decision) -> None:
     """Raises InvalidArgumentError where the word that a host is off has no part in the decision. Pure."""
     fenced, here, there = decision.fenced_host, migration.source.host, migration.destination.host
-    if not fenced or decision.target != TO_DESTINATION:
+    if not fenced:
+        return
+    if fenced not in (here, there):
+        raise InvalidArgumentError(f"{fenced} has no part in migration {migration.id}, which is from {here} to {there}")
+    if decision.target != TO_DESTINATION:
         return
     name, command = migration.guest_name, f"handoff recover {migration.id}"
     if fenced == there:
@@ -62,8 +66,6 @@ def check_fence(migration: Migration, decision: Decision) -> None:
             f"{name} can't go on at {there} when {there} is off. Say `{command} --to destination` to wait for {there},"
             f" or `{command} --to source --i-have-fenced {there}` to run it on {here}"
         )
-    if fenced != here:
-        raise InvalidArgumentError(f"{fenced} has no part in migration {migration.id}, which is from {here} to {there}")
     if state_of(migration) is State.COMMITTED:
         raise InvalidArgumentError(
             f"{there} is to run {name}, and needs nothing of {here} for that: whether {here} is off makes no difference"

@@ -199,7 +199,7 @@ async def knows_that_it_runs(host: Host, migration: Migration) -> None:
 
 
 async def test_a_guest_whose_host_dies_after_the_commit_is_lost_and_its_migration_is_not_failed(
-    moves: Moves, fleet: Fleet
+    moves: Moves, guests: Guests, fleet: Fleet
 ) -> None:
     """It ran there before the power went: the copy at its source is of the past, and nobody runs it."""
     # A name of its own: the record of a lost guest stays.

@@ -20,6 +20,8 @@ log = structlog.get_logger()
 
 RECONNECT_S: Final = 0.1
 CHECK_EVERY_S: Final = 10.0
+CHECK_AT_LEAST_EVERY_S: Final = 60.0
+"""Also while guests leave or come."""
 
 Flows: TypeAlias = Mapping[int, frozenset[Flow]]
 """By tenant; 0 for what all of them share."""
@@ -33,6 +35,9 @@ class Wishes(Protocol):
 
     def wanted(self, tunnels: Iterable[int] | None = None) -> Flows:
         """The flows of these tenants, of all without an argument, and what they share."""
+
+    def are_urgent(self) -> bool:
+        """A guest leaves or comes: what can wait should not be in its way."""
 
 
 class Bridge:
@@ -54,6 +59,9 @@ class Bridge:
         self._installed: dict[int, frozenset[Flow]] = {}
         self._uncertain = False
         self._compared_at = 0.0
+        self._due_at = 0.0
+        self._remade: frozenset[int] = frozenset()
+        self._tolerated: frozenset[int] = frozenset()
         self._lock = asyncio.Lock()
 
     @property
@@ -140,6 +148,7 @@ class Bridge:
             self.numbers = {port.name: port.number for port in await connection.ports()}
             self.connections += 1
             await self._wishes.look()
+            self._remade = self._tolerated = frozenset()
             async with self._lock:
                 await self._compare(connection)
                 self._connection = connection
@@ -156,7 +165,7 @@ class Bridge:
         """Waits for a change, or until it is time to compare, and does what follows."""
         changed = asyncio.create_task(self._changed.wait())
         try:
-            due_s = max(0.0, self._compared_at + CHECK_EVERY_S - asyncio.get_running_loop().time())
+            due_s = max(0.0, self._due_at - asyncio.get_running_loop().time())
             await asyncio.wait({changed, reading}, timeout=due_s, return_when=asyncio.FIRST_COMPLETED)
             is_change = changed.done()
         finally:
@@ -169,24 +178,51 @@ class Bridge:
             try:
                 if is_change and not self._uncertain:
                     await self._put(connection, self._wishes.wanted())
-                if self._uncertain or asyncio.get_running_loop().time() - self._compared_at >= CHECK_EVERY_S:
+                if self._uncertain or self._is_due():
                     await self._compare(connection)
                 self.message = ""
             except PreconditionError as error:
                 self._note(error.message)
 
+    def _is_due(self) -> bool:
+        """It is time to compare; put off while guests leave or come."""
+        now = asyncio.get_running_loop().time()
+        if now < self._due_at:
+            return False
+        self._due_at = now + CHECK_EVERY_S
+        return not self._wishes.are_urgent() or now - self._compared_at >= CHECK_AT_LEAST_EVERY_S
+
     async def _compare(self, connection: OpenFlowConnection) -> None:
         """Asks the bridge for what it has, and puts right what differs."""
         self._compared_at = asyncio.get_running_loop().time()
+        self._due_at = self._compared_at + CHECK_EVERY_S
         there = await connection.flows()
         wanted = self._wishes.wanted()
-        missing, surplus, changed = differences(there, _all(wanted.values()))
+        self._tolerate(there, _all(wanted.values()))
+        missing, surplus, changed = differences(there, _all(wanted.values()), self._tolerated)
         if missing or surplus or changed:
             log.info("flows put right", missing=len(missing), surplus=len(surplus), changed=len(changed))
             await self._apply(connection, missing, surplus, changed)
+        self._remade = frozenset(changed)
         self._installed = dict(wanted)
         self._uncertain = False
         self.message = ""
+
+    def _tolerate(self, there: Collection[SeenFlow], wanted: Iterable[Flow]) -> None:
+        """Takes as they are those that the last compare has made again in vain: each time costs frames."""
+        remade, self._remade = self._remade, frozenset()
+        again = remade.intersection(differences(there, wanted)[2])
+        if again:
+            log.warning(
+                "flows that were made again are changed again, and left as they are: somebody keeps changing them,"
+                " or this version of Open vSwitch tells them in another way. See `ovs-ofctl dump-flows`; those that are"
+                " deleted are made again",
+                bridge=str(self._path),
+                flows=len(again),
+                cookies=[f"{number:#x}" for number in sorted(again)[:5]],
+            )
+        not_as_made = {seen.cookie for seen in there if not seen.is_as_made}
+        self._tolerated = (self._tolerated & not_as_made) | again
 
     def _on_port(self, present: bool, port: PortDescription) -> None:
         if present:
@@ -207,16 +243,20 @@ class Bridge:
             log.warning("bridge", bridge=str(self._path), error=message)
 
 
-def differences(there: Collection[SeenFlow], wanted: Iterable[Flow]) -> tuple[list[Flow], list[int], list[int]]:
+def differences(
+    there: Collection[SeenFlow], wanted: Iterable[Flow], tolerated: Collection[int] = ()
+) -> tuple[list[Flow], list[int], list[int]]:
     """Which flows to add, and the cookies of those to delete, and to delete before others are added. Pure.
 
-    One that somebody has changed keeps its cookie: it is deleted by that and added again.
+    One that somebody has changed keeps its cookie: it is deleted by that and added again. What is not wanted goes last,
+    whatever it is: no frame is lost where one of another cookie takes its place.
+    `tolerated`: cookies of flows that are taken as they are.
     """
-    changed = {seen.cookie for seen in there if not seen.is_as_made}
-    intact = {seen.cookie for seen in there} - changed
     flows = {cookie(flow): flow for flow in wanted}
-    missing = [flow for number, flow in flows.items() if number not in intact]
-    return missing, [number for number in intact if number not in flows], list(changed)
+    seen = {each.cookie for each in there}
+    changed = {each.cookie for each in there if not each.is_as_made}.difference(tolerated)
+    missing = [flow for number, flow in flows.items() if number not in seen or number in changed]
+    return missing, list(seen - flows.keys()), list(changed & flows.keys())
 
 
 def _all(parts: Iterable[frozenset[Flow]]) -> frozenset[Flow]:

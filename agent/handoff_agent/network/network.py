@@ -255,6 +255,10 @@ class Network:
             return {**dict.fromkeys(self.bridge.tenants() - set(flows), frozenset()), **flows}
         return flows
 
+    def are_urgent(self) -> bool:
+        """A guest leaves or comes."""
+        return bool(self._leaving or self._coming)
+
     async def only_these_leave(self, uuids: Collection[str]) -> None:
         """Only these guests leave: what was kept of others is of handoffs that somebody has removed by hand."""
         for uuid in set(self._leaving) - set(uuids):

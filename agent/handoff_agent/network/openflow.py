@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Final
 
@@ -169,6 +170,7 @@ def ask_ports(xid: int) -> bytes:
     return message(Type.MULTIPART_REQUEST, xid, struct.pack("!HH4x", Multipart.PORT_DESC, 0))
 
 
+@lru_cache(maxsize=1 << 14)
 def cookie(flow: Flow) -> int:
     """The flow's cookie: our mark, and a digest of all that the flow is. Equal cookies are equal flows."""
     return _cookie(flow.table, flow.priority, flow.lifetime_s, _match(flow.match), _instructions(flow.actions))

@@ -284,6 +284,8 @@ async def test_a_source_that_is_gone_for_good_is_given_up(fleet: Fleet) -> None:
         with pytest.raises(PreconditionError, match="--i-have-fenced h1 --accept-loss"):
             await conductor.recover(recover(fenced="h1"))
         fleet.h1.away |= {"watch"}
+        with pytest.raises(InvalidArgumentError, match="h11 has no part in migration m1, which is from h1 to h2"):
+            await conductor.recover(recover(fenced="h11", lossy=True))
         await conductor.recover(recover(fenced="h1", lossy=True))
         aborted = await fleet.ends()
 

@@ -13,6 +13,7 @@ from typing import cast
 
 import pytest
 from dummy_switch import BRIDGE, DummySwitch
+from structlog.testing import capture_logs
 
 from handoff_agent.handoff import Handoff
 from handoff_agent.ledger import Record
@@ -23,6 +24,7 @@ from handoff_agent.network.flow import Flow, Output, SetField
 from handoff_agent.network.knowledge import Moves, Store, Told
 from handoff_agent.network.network import Network
 from handoff_agent.network.newcomers import Definition
+from handoff_agent.network.openflow import SeenFlow
 from handoff_agent.network.pipeline import mark, scout
 from handoff_agent.network.treatment import HERE, Attachment, Key
 from handoff_agent.ovs_ports import OvsPorts
@@ -192,6 +194,68 @@ async def test_a_flow_that_somebody_changed_is_put_right(
         switch.ofctl(change, f"{match},actions=NORMAL")
         assert switch.flows() != before
         await until(lambda: switch.flows() == before)
+
+
+async def test_a_flow_that_is_changed_again_at_once_is_left_as_it_is(
+    switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a switch that tells a flow in another way than it was told."""
+    asked, applied = 0, 0
+    tell, apply = OpenFlowConnection.flows, OpenFlowConnection.apply
+
+    async def tells_in_another_way(connection: OpenFlowConnection) -> frozenset[SeenFlow]:
+        nonlocal asked
+        asked += 1
+        return frozenset(SeenFlow(each.cookie, is_as_made=False) for each in await tell(connection))
+
+    async def counts(
+        connection: OpenFlowConnection, added: Sequence[Flow], deleted: Sequence[int], first: Sequence[int] = ()
+    ) -> None:
+        nonlocal applied
+        applied += 1
+        await apply(connection, added, deleted, first)
+
+    monkeypatch.setattr(bridge, "CHECK_EVERY_S", 0.05)
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST))
+        monkeypatch.setattr(OpenFlowConnection, "flows", tells_in_another_way)
+        monkeypatch.setattr(OpenFlowConnection, "apply", counts)
+        with capture_logs() as logs:
+            await until(lambda: asked >= 5)
+        assert applied == 1
+        [warned] = [line for line in logs if line["log_level"] == "warning"]
+        assert (warned["flows"], "left as they are" in warned["event"]) == (here.bridge.flows, True)
+        assert await here.tell(told(generation=2))
+        assert deliveries(switch) == {}
+
+
+async def test_flows_are_not_compared_while_a_guest_leaves_but_once_in_a_while(
+    switch: DummySwitch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "CHECK_EVERY_S", 0.05)
+    asked: list[float] = []
+    tell = OpenFlowConnection.flows
+
+    async def counts(connection: OpenFlowConnection) -> frozenset[SeenFlow]:
+        asked.append(asyncio.get_running_loop().time())
+        return await tell(connection)
+
+    monkeypatch.setattr(OpenFlowConnection, "flows", counts)
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST))
+        await here.leave(GUEST.domain_uuid, "10.21.0.3")
+        before = len(asked)
+        await asyncio.sleep(0.5)
+        assert len(asked) == before
+        monkeypatch.setattr(bridge, "CHECK_AT_LEAST_EVERY_S", 0.3)
+        await until(lambda: len(asked) >= before + 2)
+        assert asked[-1] - asked[-2] >= 0.3
+        await here.stay(GUEST.domain_uuid)
+        monkeypatch.setattr(bridge, "CHECK_AT_LEAST_EVERY_S", 60.0)
+        before = len(asked)
+        await until(lambda: len(asked) >= before + 2)
 
 
 async def test_a_guest_that_comes_is_served_from_its_taps_on(switch: DummySwitch, tmp_path: Path) -> None:

@@ -124,6 +124,18 @@ async def test_a_flow_that_somebody_has_changed_is_not_what_its_cookie_says(swit
         assert await cookies(connection) == {cookie(flow) for flow in flows}
 
 
+async def test_what_another_version_made_is_deleted_last(switch: DummySwitch) -> None:
+    """Its flows are not what their cookies say to us: ours take their places first, and no frame is lost."""
+    flow = Flow(0, 9, (Is(Field.IN_PORT, 5),), (Output(6),))
+    async with connected(switch, []) as connection:
+        switch.ofctl("add-flow", "cookie=0x48ff000000000001,table=0,priority=9,in_port=5,actions=output:6")
+        [theirs] = await connection.flows()
+        assert not theirs.is_as_made
+        assert differences({theirs}, [flow]) == ([flow], [theirs.cookie], [])
+        await connection.apply(*differences({theirs}, [flow]))
+        assert await cookies(connection) == {cookie(flow)}
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -29,8 +29,6 @@ unit: ## unit, property and model tests; no root needed but for etcd's and syste
 
 lab-test: ## the fleet: real libvirt, QEMU, Open vSwitch and etcd
 	$(PYTHON) -m pytest tests/lab --ignore=tests/lab/test_soak.py
-
-soak-test: ## a part of the soak with every state and every fault; not in `test` until it has passed on a quiet machine
 	$(PYTHON) -m pytest tests/lab/test_soak.py
 
 bench-handoff: setup ## our migration against `virsh migrate --live --p2p`, into out/bench/handoff.json
@@ -55,5 +53,5 @@ clean: ## stop the lab, remove what was built here
 	-.venv/bin/handoff-lab down
 	rm -rf build out .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup demo test lint types proto unit lab-test soak-test soak \
+.PHONY: help setup demo test lint types proto unit lab-test soak \
 	bench-handoff bench-upgrade bench-switch bench-disks bench-fast clean

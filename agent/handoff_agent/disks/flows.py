@@ -46,6 +46,14 @@ def bound(flow: Descriptor, bytes_per_s: int) -> None:
         connection.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, _RATE.pack(bytes_per_s or _UNBOUND))
 
 
+def allowed_bytes_per_s(flow: Descriptor) -> int:
+    """Its bound; 0: it has none. Raises OSError when it is gone."""
+    with borrowed(flow) as connection:
+        told = connection.getsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, _RATE.size)
+    rate = int(_RATE.unpack(told)[0])
+    return 0 if rate == _UNBOUND else rate
+
+
 def _inodes(remotes: frozenset[str]) -> Iterator[int]:
     for table in ("tcp", "tcp6"):
         path = Path("/proc/net", table)

@@ -26,7 +26,8 @@ COMPLETE_POLL_S: Final = 0.002
 CANCEL_POLL_S: Final = 0.02
 # After this a connection that does not let the job end is cut.
 YANK_AFTER_S: Final = 1.0
-# The guest does not run while QEMU connects; without a bound that is the kernel's, two minutes.
+# The guest does not run while QEMU connects; without a bound that is the kernel's, two minutes. QEMU tries again until
+# then, whatever the reason: a wrong certificate stops the guest as long. Less would not survive a SYN that is lost.
 OPEN_TIMEOUT_S: Final = 2
 CANCEL_TIMEOUT_S: Final = 8.0
 _CONCLUDED: Final = ("concluded", "null")

@@ -29,7 +29,7 @@ def in_flight_bytes(rate_bytes_per_s: int, disks: int) -> int:
 
 
 class Pacing:
-    """The pace of one handoff's mirrors. It begins on, or off, as the last agent left it."""
+    """The pace of one handoff's mirrors. Connections keep it without an agent; `was_ended` tells what the last left."""
 
     def __init__(self, threads: Executor) -> None:
         self._threads = threads
@@ -44,6 +44,11 @@ class Pacing:
     def on(self) -> bool:
         """The mirrors' connections keep to the rate."""
         return self._rate > 0
+
+    async def was_ended(self, exports: Sequence[ExportUri]) -> bool:
+        """Whether the last agent let mirrors send as fast as they can; for mirrors that it began. Raises OSError."""
+        rates = await self._blocking(lambda: [flows.allowed_bytes_per_s(flow) for flow in _find(exports)])
+        return 0 in rates
 
     async def begin(self, exports: Sequence[ExportUri], rate_bytes_per_s: int) -> None:
         """Paces the mirrors into `exports`, which are connected. Raises OSError when that can't be done."""

@@ -191,6 +191,9 @@ class DepartingDisks(SourceCompanion):
         can_change = await self._can_change()
         rate = self._handoff.record.bandwidth_bytes_per_s
         in_flight = in_flight_bytes(rate, len(moved)) if can_change else 0
+        begun = {mirror.target for mirror in self._mirrors() if await mirror.look() is not None}
+        # Before others connect, whose connections have no pace yet.
+        pace_was_ended = bool(in_flight and begun) and await self._pace_was_ended()
         for move in moved:
             if move.target not in nodes:
                 raise PreconditionError(f"disk {move.target} is not in QEMU any more")
@@ -204,9 +207,13 @@ class DepartingDisks(SourceCompanion):
                     f"disk {move.target}: this host is configured with {here}, and its destination {there}; give both"
                     " hosts their credentials"
                 )
-            await check_connection(export)
-            await self._mirror(move).connect(export)
-        if in_flight:
+            if move.target not in begun:  # a copy that runs may outlast a link that is away for a moment
+                await check_connection(export)
+                await self._mirror(move).connect(export)
+        if pace_was_ended:
+            self._handoff.log.info(NOT_PACED, why="its pace was ended before the agent was restarted")
+            await self._set_speeds(rate // len(moved))
+        elif in_flight:
             await self._pace()
         elif rate:
             why = "the rate is too low for it" if can_change else "this QEMU is too old for it"
@@ -230,6 +237,12 @@ class DepartingDisks(SourceCompanion):
             self._handoff.log.warning(NOT_PACED, why=str(error))
         # Mirrors that another agent began may have the other bound.
         await self._set_speeds(0 if self._pacing.on else rate // len(exports))
+
+    async def _pace_was_ended(self) -> bool:
+        try:
+            return await self._pacing.was_ended(self._exports())
+        except OSError:  # whoever begins the pace meets it again, and tells
+            return False
 
     async def _end_pace(self) -> None:
         try:

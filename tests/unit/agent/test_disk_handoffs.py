@@ -2,9 +2,7 @@
 
 import asyncio
 import os
-import socket
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -19,12 +17,15 @@ from one_host import domains, remove_all
 from test_handoffs import LIMITS, MEMORY_MIB, Host, Move, frozen
 from test_mirror import Wire
 
-from handoff_agent.descriptors import borrowed
+from handoff_agent.companions import SourceCompanion
+from handoff_agent.descriptors import Descriptor
 from handoff_agent.destination import DestinationHandoff
 from handoff_agent.disks import flows
 from handoff_agent.disks.moves import moves_of
+from handoff_agent.disks.settings import StorageSettings
+from handoff_agent.disks.source import DepartingDisks
 from handoff_agent.disks.storage_daemon import StorageDaemon
-from handoff_agent.disks.uris import parse_uri
+from handoff_agent.disks.uris import ExportUri, parse_uri
 from handoff_agent.events import ConnectionEvent
 from handoff_agent.monitor import Monitor
 from handoff_agent.rules import (
@@ -45,7 +46,6 @@ from handoff_agent.rules import (
 from handoff_agent.settings import HostTypeSettings
 from handoff_common.errors import PreconditionError
 
-SO_MAX_PACING_RATE = 47
 DATA_MIB = 24
 ZEROS_MIB = 16
 SIZE_MIB = 256
@@ -251,11 +251,16 @@ async def sending(move: Move) -> None:
 
 
 def pace(move: Move) -> int:
-    """What QEMU's connection for the disk may send, in bytes a second."""
+    """What QEMU's connection for the disk may send, in bytes a second; 0: no bound."""
     export = parse_uri(moves_of(move.source.handoffs.get(move.id, SOURCE).record)[0].uri)
     (flow,) = flows.find(export.host, export.port)
-    with borrowed(flow) as connection:
-        return int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 8), sys.byteorder)
+    return flows.allowed_bytes_per_s(flow)
+
+
+async def speed(move: Move) -> int:
+    """What QEMU's mirror may go through, in bytes a second; 0: no bound."""
+    (job,) = cast(list[dict[str, int]], await Monitor(move.source.slot, move.guest).execute("query-block-jobs"))
+    return job["speed"]
 
 
 @pytest.mark.parametrize("formats", [("qcow2", "raw")], ids=["qcow2-raw"])
@@ -286,6 +291,51 @@ async def test_agents_and_libvirtd_that_end_in_the_copy_are_no_matter(move: Move
     await move.target.slot.on_domain(move.guest, lambda d: d.destroy())
     assert holds(arrived, 7, 1)
     assert nothing_left(move)
+
+
+def departing(move: Move) -> SourceCompanion:
+    """The source's disks, as an agent finds them that has just started."""
+    source = move.source
+    settings = StorageSettings(source.state_dir / "storage", source.storage_address, "root")
+    return DepartingDisks(source.handoffs.get(move.id, SOURCE), source.slot, settings, source.threads)
+
+
+@pytest.mark.parametrize("formats", [("raw", "raw")], ids=["raw"])
+async def test_the_pace_is_off_at_the_pause_and_stays_off(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    move = replace(move, bandwidth=16 << 20)
+    await move.advance(READY)
+    assert (pace(move), await speed(move)) == (move.bandwidth, 0)
+    await departing(move).begin()
+    assert (pace(move), await speed(move)) == (move.bandwidth, 0)
+    await departing(move).ordered()
+    assert (pace(move), await speed(move)) == (0, 0)
+
+    async def no_link(export: ExportUri) -> None:
+        raise PreconditionError(f"can't connect to the export {export}")
+
+    monkeypatch.setattr("handoff_agent.disks.source.check_connection", no_link)
+    await departing(move).begin()
+    assert (pace(move), await speed(move)) == (0, move.bandwidth)
+    await move.abort()
+
+
+@pytest.mark.parametrize("formats", [("raw", "raw")], ids=["raw"])
+async def test_where_the_kernel_paces_no_longer_qemu_does(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    move = replace(move, bandwidth=6 << 20)
+    await move.advance(TRANSFERRING)
+    await sending(move)
+    assert await speed(move) == 0
+
+    def fails(_: Descriptor) -> int:
+        raise OSError("the test says so")
+
+    monkeypatch.setattr(flows, "sent_bytes", fails)
+    async with asyncio.timeout(10):
+        while await speed(move) != move.bandwidth or pace(move) != 0:  # noqa: ASYNC110 - QEMU has no event for it
+            await asyncio.sleep(0.02)
+    monkeypatch.undo()
+    assert (await move.until(READY)).state == READY
+    await move.abort()
 
 
 @pytest.mark.parametrize("formats", [("qcow2", "qcow2")], ids=["qcow2"])

@@ -365,10 +365,14 @@ class SourceHandoff(Handoff):
             if runs is not None and runs is not self.record.was_running:
                 await self.change(was_running=runs)
 
+    @property
+    def _gone(self) -> str:
+        return f"guest {self.record.domain_name} ended at the source: its QEMU is gone"
+
     async def _notice_end(self) -> None:
         with contextlib.suppress(HandoffError):
             if not await is_active(self._slot, self.record.domain_uuid):
-                await self._fail(f"guest {self.record.domain_name} ended at the source: its QEMU is gone")
+                await self._fail(self._gone)
 
     async def _advance(self, event: Event | None) -> None:
         match event:
@@ -507,18 +511,25 @@ class SourceHandoff(Handoff):
         await self._turn_back()
         while True:
             try:
-                await self._is_back()
+                message = await self._with_what_became_of_it(message)
+                break
             except (DeadlineError, UnavailableError) as error:
                 self.log.warning("can't see whether the guest runs", error=error.message)
                 await self._slot.wait_connected(ASK_AGAIN_S)
                 await asyncio.sleep(RETRY_S)
-                continue
-            except HandoffError as error:
-                message = f"{message}; {error.message}"
-            break
         changes = self._ended(FAILED, message)
         await self._tidy()
         await self.change(**changes)
+
+    async def _with_what_became_of_it(self, message: str) -> str:
+        """Runs the guest again, and adds why that is not so. A QEMU that ends breaks its transfer first, if it can."""
+        try:
+            more = "" if await self._is_back() else self._gone
+        except (DeadlineError, UnavailableError):
+            raise
+        except HandoffError as error:
+            more = error.message if await is_active(self._slot, self.record.domain_uuid) else self._gone
+        return f"{message}; {more}" if more and more != message else message
 
     # Getting back.
 

@@ -84,13 +84,16 @@ class View:
     duplicated: int
     late: int
     waited: int
+    lost_after_stop_ms: tuple[int, ...] = ()
+    """When each that was lost was sent."""
 
     @classmethod
-    def of(cls, seen: UdpResult, pause_ms: float, still_ms: float) -> "View":
-        """Rounded."""
+    def of(cls, seen: UdpResult, pause_ms: float, still_ms: float, stop_s: float) -> "View":
+        """Rounded. `stop_s`: when QEMU stopped the guest, on the wall clock."""
         gap_ms = seen.longest_gap_ms
         beside = (round(gap_ms - pause_ms, 1), round(gap_ms - still_ms, 1))
-        return cls(round(gap_ms, 1), *beside, seen.sent, seen.lost, seen.duplicated, seen.late, seen.waited)
+        lost = tuple(round(1000 * (sent_s - stop_s)) for sent_s in seen.unanswered)
+        return cls(round(gap_ms, 1), *beside, seen.sent, seen.lost, seen.duplicated, seen.late, seen.waited, lost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +187,7 @@ class Bench:
         views = (host_saw.standstill(*ends), gateway_saw.standstill(*ends))
         still = min((view for view in views if view is not None), key=lambda view: view.inexact_ms)
         pause_ms = still.length_ms + missed_ticks_ms(stalls, still.guest_ns)
-        ping_view, gateway_ping_view = (View.of(seen, pause_ms, still.length_ms) for seen in pings_saw)
+        ping_view, gateway_ping_view = (View.of(seen, pause_ms, still.length_ms, ends[0]) for seen in pings_saw)
         session, gateway_session = map(Session.of, sessions_saw)
         return Reading(
             way=way.value,
@@ -195,8 +198,8 @@ class Bench:
             still_ms=round(still.length_ms, 1),
             inexact_ms=round(still.inexact_ms, 1),
             stop_resume_ms=round(1000 * (ends[1] - ends[0]), 1),
-            host=View.of(host_saw, pause_ms, still.length_ms),
-            gateway=View.of(gateway_saw, pause_ms, still.length_ms),
+            host=View.of(host_saw, pause_ms, still.length_ms, ends[0]),
+            gateway=View.of(gateway_saw, pause_ms, still.length_ms, ends[0]),
             ping=ping_view,
             gateway_ping=gateway_ping_view,
             tcp=session,

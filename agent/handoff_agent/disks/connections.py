@@ -24,7 +24,10 @@ async def check_connection(export: ExportUri) -> None:
             finally:
                 writer.close()
     except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-        reason = str(error) or f"no answer in {TIMEOUT_S:.0f} s"
+        if isinstance(error, asyncio.IncompleteReadError):
+            reason = "the connection was closed at once"
+        else:
+            reason = str(error) or f"no answer in {TIMEOUT_S:.0f} s"
         raise PreconditionError(
             f"can't connect to the export {export}: {reason}; is the migration network up?"
         ) from error

@@ -47,7 +47,7 @@ def command(common: Common, migration_id: str, target: str, fenced_host: str, ac
                       done so yourself (--i-have-fenced HOST).
     --to destination  waits for the destination, however long that takes. While it pulls disks from a
                       source that is gone for good (--i-have-fenced SOURCE --accept-loss): does without.
-                      Otherwise --i-have-fenced has no place beside it.
+                      Otherwise --i-have-fenced is refused beside it.
 
     Refused (status 4), with the reason, where it would not be safe.
     """

@@ -19,7 +19,7 @@ from handoff_common.errors import PreconditionError
 log = structlog.get_logger()
 
 Save = Callable[[Record], Awaitable[None]]
-"""Puts a record on disk."""
+"""Puts a record on disk, after those of earlier calls. Raises ExhaustedError when that can't be."""
 Notify = Callable[[str], None]
 """Told the migration's id at each change of state."""
 
@@ -54,10 +54,15 @@ class Changes(TypedDict, total=False):
 
 
 class Handoff:
-    """A record with its watchers. Calls of the leader hold `lock`, one at a time."""
+    """A record with its watchers. Calls of the leader hold `lock`, one at a time.
+
+    What others are told is what is on disk. A leader that heard HELD may run the other copy, so an agent that dies must
+    find in its next life that it said so.
+    """
 
     def __init__(self, record: Record, save: Save, notify: Notify) -> None:
         self.record = record
+        self._told = record
         self.lock = asyncio.Lock()
         self.progress: pb.TransferProgress | None = None
         self.disk_progress: Sequence[disk_pb2.DiskProgress] = ()
@@ -68,7 +73,7 @@ class Handoff:
 
     @property
     def state(self) -> State:
-        """How far it is."""
+        """How far it is; others may have to wait for the disk to hear of it."""
         return self.record.state
 
     def permits(self, call: Call) -> bool:
@@ -79,18 +84,18 @@ class Handoff:
         return verdict.answer is Answer.PROCEED
 
     async def change(self, **changes: Unpack[Changes]) -> None:
-        """Changes the record: watchers hear of it at once, and it is on disk on return."""
+        """Changes the record, which is on disk on return; then others are told. Raises as `Save` does."""
         before = self.record.state
-        self.record = dataclasses.replace(self.record, changed_s=time.time(), **changes)
-        if self.record.state != before:
-            self.log.info(
-                "handoff", state=state_name(self.record.state), before=state_name(before), message=self.record.message
-            )
+        self.record = record = dataclasses.replace(self.record, changed_s=time.time(), **changes)
+        if record.state != before:
+            self.log.info("handoff", state=state_name(record.state), before=state_name(before), message=record.message)
+        await self._save(record)
+        told, self._told = self._told, record
+        if record.state != told.state:
             self._wake()
-        await self._save(self.record)
 
     def next_change(self) -> asyncio.Event:
-        """Is set at the next change of state. Take it before you read the handoff, and nothing is missed."""
+        """Is set when a change of state is told. Take it before you read the handoff, and nothing is missed."""
         return self._changed
 
     def _wake(self) -> None:
@@ -107,8 +112,8 @@ class Handoff:
         return progress
 
     def to_message(self) -> pb.Handoff:
-        """The handoff as the API shows it."""
-        record = self.record
+        """The handoff as the API shows it: as it is on disk."""
+        record = self._told
         message = pb.Handoff(
             migration_id=record.migration_id,
             role=record.role,

@@ -40,7 +40,14 @@ from handoff_agent.rules import (
 from handoff_agent.slots import Hypervisor, Slot
 from handoff_agent.source import SourceHandoff
 from handoff_agent.survey import LOCAL_METHODS
-from handoff_common.errors import HandoffError, InvalidArgumentError, NotFoundError, PreconditionError, UnavailableError
+from handoff_common.errors import (
+    ExhaustedError,
+    HandoffError,
+    InvalidArgumentError,
+    NotFoundError,
+    PreconditionError,
+    UnavailableError,
+)
 
 log = structlog.get_logger()
 
@@ -377,7 +384,12 @@ class Handoffs:
         self._changes.publish(record.migration_id)
 
     async def _save(self, record: Record) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._disk, self._ledger.save, record)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._disk, self._ledger.save, record)
+        except OSError as error:
+            raise ExhaustedError(
+                f"handoff {record.migration_id} can't be written down: {error.strerror}; look at the agent's state_dir"
+            ) from error
 
 
 def _refused(migration_id: str, call: Call, role: Role, handoff: Handoff | None) -> PreconditionError:

@@ -477,9 +477,13 @@ class SourceHandoff(Handoff):
         held_s = time.time()
         # QEMU may have passed the guest on before its STOP is heard; it was not paused before this.
         paused_s = self._stopped_s or self._went_s or held_s
-        await self.change(
-            state=HELD, message="", paused_s=paused_s, paused_to_held_ms=max(0.0, 1000 * (held_s - paused_s))
-        )
+        paused_to_held_ms = max(0.0, 1000 * (held_s - paused_s))
+        try:
+            await self.change(state=HELD, message="", paused_s=paused_s, paused_to_held_ms=paused_to_held_ms)
+        except HandoffError as error:
+            self.break_off(error.message)
+            await self._on_broken()
+            return
         await self._breaker.close()
         with contextlib.suppress(HandoffError):
             info = await self._migration.query()

@@ -19,6 +19,8 @@ from handoff_common.errors import HandoffError, PreconditionError, UnavailableEr
 log = structlog.get_logger()
 
 RECONNECT_S: Final = 0.1
+FIRST_TRY_S: Final = 2.0
+"""How long what is asked of a bridge at the agent's start waits for the first connection to it."""
 CHECK_EVERY_S: Final = 10.0
 CHECK_AT_LEAST_EVERY_S: Final = 60.0
 """Also while guests leave or come."""
@@ -54,6 +56,7 @@ class Bridge:
         self._path = path
         self._wishes = wishes
         self._connection: OpenFlowConnection | None = None
+        self._tried = asyncio.Event()
         self._changed = asyncio.Event()
         self._ports_changed: set[asyncio.Event] = set()
         self._installed: dict[int, frozenset[Flow]] = {}
@@ -97,13 +100,18 @@ class Bridge:
                 self._note(error.message)
             except Exception as error:  # noqa: BLE001 - tenants must not be left to themselves by a bug
                 self._note(f"{type(error).__name__}: {error}; this is a bug in the agent")
+            self._tried.set()
             await asyncio.sleep(RECONNECT_S)
 
     async def put(self, tunnels: Iterable[int]) -> None:
         """Brings these tenants' flows to what is wished, at once for every packet.
 
-        Raises UnavailableError without a connection, and as OpenFlowConnection.apply does.
+        Raises UnavailableError without a connection, and as OpenFlowConnection.apply does. The first connection is
+        waited for: a guest that an earlier life of the agent has paused must not be turned back for want of it.
         """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_TRY_S):
+                await self._tried.wait()
         async with self._lock:
             if self._connection is None:
                 raise UnavailableError(f"no connection to the bridge at {self._path}: {self.message}")
@@ -152,6 +160,7 @@ class Bridge:
             async with self._lock:
                 await self._compare(connection)
                 self._connection = connection
+            self._tried.set()
             log.info("bridge connected", bridge=str(self._path), flows=self.flows)
             while not reading.done():
                 await self._follow(connection, reading)

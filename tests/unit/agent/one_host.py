@@ -111,8 +111,9 @@ class Upgrade:
         async with asyncio.timeout(30):
             while True:
                 change = handoff.next_change()
-                if handoff.state in (*states, FAILED):
-                    return handoff.to_message()
+                message = handoff.to_message()
+                if message.state in (*states, FAILED):
+                    return message
                 await change.wait()
 
     async def advance(self, method: pb.TransferMethod.ValueType, goal: State) -> None:

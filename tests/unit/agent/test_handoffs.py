@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import signal
@@ -32,7 +33,7 @@ from handoff_agent.events import ConnectionEvent
 from handoff_agent.handoff_changes import HandoffChanges
 from handoff_agent.handoffs import Handoffs
 from handoff_agent.inventory import Inventory
-from handoff_agent.ledger import Ledger, TermGuard
+from handoff_agent.ledger import Ledger, Record, TermGuard
 from handoff_agent.local_sockets import LocalSockets
 from handoff_agent.monitor import Json, Monitor, QmpError
 from handoff_agent.rules import (
@@ -159,8 +160,9 @@ class Move:
         async with asyncio.timeout(30):
             while True:
                 change = handoff.next_change()
-                if handoff.state in (*states, FAILED):
-                    return handoff.to_message()
+                message = handoff.to_message()
+                if message.state in (*states, FAILED):
+                    return message
                 await change.wait()
 
     async def advance(self, goal: State, *, deadline_s: float = DEADLINE_S) -> None:
@@ -303,6 +305,24 @@ async def test_a_pause_past_its_deadline_ends_with_the_guest_running_here(move: 
     assert failed.state == FAILED
     assert "was paused for more than" in failed.message
     assert await move.is_running(move.source)
+
+
+async def test_a_hold_that_cant_be_written_down_is_none(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent's next life would not know of it."""
+    save = Ledger.save
+
+    def save_all_but_held(ledger: Ledger, record: Record) -> None:
+        if record.state == HELD:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        save(ledger, record)
+
+    monkeypatch.setattr(Ledger, "save", save_all_but_held)
+    await move.advance(SWITCHING)
+    failed = await move.until(HELD)
+    assert failed.state == FAILED
+    assert "can't be written down: Input/output error" in failed.message
+    assert await move.is_running(move.source)
+    await move.abort()
 
 
 @contextlib.contextmanager

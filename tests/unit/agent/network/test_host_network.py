@@ -48,15 +48,18 @@ async def no_tenants(_uuid: str) -> tuple[Attachment, ...]:
 
 
 @asynccontextmanager
-async def running(switch: DummySwitch, state: Path, definition: Definition = no_tenants) -> AsyncIterator[Network]:
-    """One life of an agent's network."""
+async def running(
+    switch: DummySwitch, state: Path, definition: Definition = no_tenants, *, connected: bool = True
+) -> AsyncIterator[Network]:
+    """One life of an agent's network; it has not tried to connect yet if not `connected`."""
     settings = NetworkSettings(tunnel_address=IPv4Address("10.21.0.1"), openflow=switch.management)
     ports = OvsPorts(switch.database)
     network = Network(settings, switch.database, ports, Store(state), definition)
     await network.open()
     keeper = asyncio.create_task(network.run())
     try:
-        await until(lambda: network.bridge.connected)
+        if connected:
+            await until(lambda: network.bridge.connected)
         yield network
     finally:
         keeper.cancel()
@@ -129,6 +132,20 @@ async def test_a_new_life_of_the_agent_touches_no_flow_that_is_right(switch: Dum
         assert all(age >= before[cookie] + 0.05 for cookie, age in ages(switch).items())
         await here.stay(GUEST.domain_uuid)
         assert place_of(here) == "vnet0"
+
+
+async def test_a_pause_is_not_broken_off_because_the_agent_has_just_begun(switch: DummySwitch, tmp_path: Path) -> None:
+    plug(switch, "vnet0")
+    async with running(switch, tmp_path) as here:
+        await here.tell(told(GUEST, PEER))
+    async with running(switch, tmp_path, connected=False) as here:
+        await here.leave(GUEST.domain_uuid, "10.21.0.2")
+        assert place_of(here) == "10.21.0.2"
+    switch.kill()
+    async with running(switch, tmp_path, connected=False) as here:
+        with pytest.raises(UnavailableError, match="no connection to the bridge"):
+            await here.leave(GUEST.domain_uuid, "10.21.0.2")
+    switch.start()
 
 
 def ages(switch: DummySwitch) -> dict[str, float]:

@@ -464,7 +464,8 @@ class DestinationHandoff(Handoff):
 
     async def _destroy(self) -> None:
         was_starting = await self._stop_starting()
-        await end_domain(self._slot, self.record.domain_uuid, listens=not was_starting and not self._hangs)
+        listens = not was_starting and not self._hangs
+        await end_domain(self._slot, self.record.domain_uuid, self.record.domain_name, listens=listens)
         self._slot.forget(self.record.domain_uuid)
         self._sockets.remove(self.record.migration_id)
         await each((companion.undo() for companion in self.companions), self.log)

@@ -1,5 +1,6 @@
 """What both sides of a handoff do with a domain: look at it, run it, end it."""
 
+import asyncio
 import contextlib
 import time
 from typing import Final
@@ -7,8 +8,9 @@ from typing import Final
 import libvirt
 
 from handoff_agent.monitor import Monitor
+from handoff_agent.qemu_process import kill_qemu
 from handoff_agent.slots import LibvirtFailure, Slot
-from handoff_common.errors import HandoffError, NotFoundError, PreconditionError
+from handoff_common.errors import DeadlineError, HandoffError, NotFoundError, PreconditionError
 
 QUIT_TIMEOUT_S: Final = 1.0
 END_TIMEOUT_S: Final = 20.0
@@ -94,16 +96,22 @@ async def user_runs_it(slot: Slot, uuid: str) -> bool | None:
     return False if by_user else None
 
 
-async def end_domain(slot: Slot, uuid: str, *, listens: bool = True) -> None:
+async def end_domain(slot: Slot, uuid: str, name: str, *, listens: bool = True) -> None:
     """Ends the domain's QEMU, at once, without asking the guest; does nothing when there is none.
 
     A QEMU that `listens` on its monitor is told to quit first: libvirt's destroy sends a signal and looks again only
-    after 200 ms. Raises UnavailableError or DeadlineError when libvirtd does not answer; LibvirtFailure when QEMU can't
-    be killed.
+    after 200 ms. One that does not is killed. Raises UnavailableError or DeadlineError when libvirtd does not answer;
+    LibvirtFailure when QEMU can't be killed.
     """
     if listens:
-        with contextlib.suppress(HandoffError):
+        try:
             await Monitor(slot, uuid).execute("quit", timeout_s=QUIT_TIMEOUT_S, urgent=True)
+        except DeadlineError:
+            listens = False
+        except HandoffError:
+            pass
+    if not listens:
+        await asyncio.to_thread(kill_qemu, slot.uri, name, uuid)
     try:
         await slot.on_domain(uuid, lambda domain: domain.destroy(), END_TIMEOUT_S, urgent=True)
     except (NotFoundError, PreconditionError):

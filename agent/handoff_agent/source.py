@@ -159,7 +159,7 @@ class SourceHandoff(Handoff):
             if not self.permits(Call.RELEASE):
                 return
             await self.change(keep_disks=keep_disks)
-            await end_domain(self._slot, self.record.domain_uuid)
+            await end_domain(self._slot, self.record.domain_uuid, self.record.domain_name)
             await undefine(self._slot, self.record.domain_uuid)
             await each((companion.released() for companion in self.companions), self.log)
             await self.change(state=RELEASED)

@@ -25,7 +25,7 @@ proto: ## buf lint
 	.venv/bin/buf lint
 
 unit: ## unit, property and model tests; no root needed but for etcd's and systemd's own binaries
-	$(PYTHON) -m pytest -n 3 --dist worksteal tests/unit tests/model
+	$(PYTHON) -m pytest -n 3 --dist worksteal --timeout 120 -o faulthandler_timeout=150 tests/unit tests/model
 
 lab-test: ## the fleet: real libvirt, QEMU, Open vSwitch and etcd
 	$(PYTHON) -m pytest tests/lab --ignore=tests/lab/test_soak.py

@@ -33,7 +33,9 @@ COPYING_SWITCHOVER_BYTES_PER_S: Final = 1000
 
 # Between two QEMUs of one host; the destination must have the same.
 MULTIFD_CAPABILITY: Final = {"multifd": True}
-MULTIFD_PARAMETERS: Final[dict[str, Json]] = {"multifd-channels": 2}
+# Two would be faster, but when both break while QEMU (10.0) waits for them at the end of a pass, the first that sees it
+# lets the other go without a word to the one who waits, for ever and with QEMU's global lock (docs/upgrade.md).
+MULTIFD_PARAMETERS: Final[dict[str, Json]] = {"multifd-channels": 1}
 
 # After it has said that a migration ended, QEMU still has to let go of its connections.
 CLEAN_UP_S: Final = 5.0

@@ -4,10 +4,8 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-
-import libvirt
 
 from handoff_agent.events import start_libvirt_loop
 
@@ -56,16 +54,6 @@ def running_libvirtd(root: Path) -> Iterator[str]:
             time.sleep(0.05)
         start_libvirt_loop()
         yield uri
-        with suppress(libvirt.libvirtError):  # a test has killed it
-            _destroy_all(uri)
     finally:
-        daemon.kill()  # its namespace ends with it
+        daemon.kill()  # its namespace ends with it, and every QEMU
         daemon.wait(20)
-
-
-def _destroy_all(uri: str) -> None:
-    connection = libvirt.open(uri)
-    for domain in connection.listAllDomains():
-        with suppress(libvirt.libvirtError):  # it may be ending by itself
-            domain.destroy()
-    connection.close()

@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 
-from handoff_agent.network import plumbing
+from handoff_agent.network import plumbing, taps
 from handoff_agent.network.bridge import Bridge
 from handoff_agent.network.pipeline import NOBODYS_FRAME
 from handoff_agent.network.taps import Taps
@@ -42,6 +42,7 @@ def taps_of(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Taps:
 
 
 async def test_it_is_empty_once_the_count_has_moved_and_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taps, "DRAIN_TIMEOUT_S", 10.0)
     wire = Wire(7, 7, 7, 9, 10, 10)
     assert await taps_of(wire, monkeypatch).drain(KEY)
     assert wire.sent == [NOBODYS_FRAME]

@@ -29,6 +29,8 @@ RESTARTED_S: Final = 4.0
 """A killed daemon is back and at work: a second until it is started, then its own start on a busy machine."""
 ETCD_ELECTION_S: Final = 6.0
 """Twice the lab's longest election, and the watch that has to find another member."""
+ANSWER_S: Final = 2.0
+"""How long a QEMU that is to be told to run is waited for."""
 PATIENCE_S: Final = 5.0
 """How long the leader waits for an agent while the guest may be paused."""
 SLACK_S: Final = 1.0
@@ -154,10 +156,11 @@ def _destination_qemu(moment: Moment, blow: Blow) -> Expectation | None:
     if blow is Blow.KILL:
         owns = moment is Moment.FINISHING
         return Expectation(Where.LOST, None) if owns else Expectation(Where.SOURCE, 1.0 + SLACK_S)
-    if moment in (Moment.HELD, Moment.COMMITTED, Moment.FINISHING):
-        # One that does not answer in time is not told to run, and the source goes on once it is gone.
-        where = Where.DESTINATION if moment is Moment.FINISHING else Where.EITHER
-        return Expectation(where, FREEZE_S + SLACK_S)
+    if moment is Moment.FINISHING:
+        return Expectation(Where.DESTINATION, FREEZE_S + SLACK_S)
+    if moment in (Moment.HELD, Moment.COMMITTED):
+        # One that does not answer in time is not told to run: it is killed, and the source goes on.
+        return Expectation(Where.SOURCE, ANSWER_S + SLACK_S)
     where = Where.SOURCE if moment in (Moment.PAUSED, Moment.ABORTING) else Where.EITHER
     return Expectation(where, SWITCH_DEADLINE_S + 1.0 + SLACK_S)
 

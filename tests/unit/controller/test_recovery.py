@@ -261,7 +261,8 @@ async def test_a_guest_that_is_left_to_its_destination_is_lost(fleet: Fleet) -> 
     assert guest.owner == place("h2")
 
 
-async def test_a_destination_that_dies_after_the_guest_ran(fleet: Fleet) -> None:
+async def test_a_destination_that_dies_after_the_guest_ran(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "FINISHING_PATIENCE_S", 2.0)  # it is seen to be FINISHING before that is over
     fleet.h2.away = {"finalize_destination"}
     async with fleet.led() as conductor:
         await conductor.create(CreateMigrationRequest(guest="web", destination_host="h2", request_id="m1"))

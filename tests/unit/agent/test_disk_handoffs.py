@@ -24,6 +24,7 @@ from handoff_agent.disks import flows
 from handoff_agent.disks.moves import moves_of
 from handoff_agent.disks.settings import StorageSettings
 from handoff_agent.disks.source import DepartingDisks
+from handoff_agent.disks.space import space_needed_bytes
 from handoff_agent.disks.storage_daemon import StorageDaemon
 from handoff_agent.disks.uris import ExportUri, parse_uri
 from handoff_agent.events import ConnectionEvent
@@ -44,7 +45,7 @@ from handoff_agent.rules import (
     State,
 )
 from handoff_agent.settings import HostTypeSettings
-from handoff_common.errors import PreconditionError
+from handoff_common.errors import ExhaustedError, PreconditionError
 
 DATA_MIB = 24
 ZEROS_MIB = 16
@@ -522,3 +523,27 @@ async def test_what_stands_in_the_way_is_seen_before_anything_is_touched(move: M
     await refused("disk vda has 1 snapshots inside")
     assert images(move)[1] == []
     assert not move.target.handoffs.all()
+
+
+@pytest.mark.parametrize("formats", [("raw", "raw")], ids=["raw"])
+async def test_two_that_come_at_once_do_not_share_their_space(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, other = await move.source.handoffs.prepare_source("other", move.guest, validate_only=True)
+    other.domain.uuid, other.domain.name = str(uuid.uuid4()), "other"
+    other.disks[0].source = other.disks[0].source.replace("a.raw", "b.raw")
+    move = replace(move, bandwidth=6 << 20)
+    await move.advance(TRANSFERRING)
+    await sending(move)
+    needed = space_needed_bytes(moves_of(move.target.handoffs.get(move.id, DESTINATION).record)[0])
+    real, free = os.statvfs, needed + (16 << 20)
+
+    def nearly_full(path: Path) -> os.statvfs_result:
+        told = real(path)
+        return os.statvfs_result((told.f_bsize, 1, *told[2:4], free, *told[5:]))
+
+    monkeypatch.setattr("handoff_agent.disks.images.os.statvfs", nearly_full)
+    for validate_only in (True, False):
+        with pytest.raises(ExhaustedError, match=r"MiB free and has promised \d+ MiB to disks on their way there \(g-"):
+            await move.target.handoffs.prepare_destination("other", other, "a", validate_only=validate_only)
+    await move.abort()
+    planned = await move.target.handoffs.prepare_destination("other", other, "a", validate_only=True)
+    assert planned.handoff.disks[0].path.endswith("b.raw")

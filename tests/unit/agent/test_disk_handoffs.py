@@ -342,7 +342,7 @@ async def test_where_the_kernel_paces_no_longer_qemu_does(move: Move, monkeypatc
 @pytest.mark.parametrize("formats", [("qcow2", "qcow2")], ids=["qcow2"])
 async def test_a_pull_goes_on_after_the_guest_was_shut_down_and_the_agent_restarted(move: Move) -> None:
     move = replace(move, fast=True)
-    move.target.pull_bytes_per_s = 4 << 20
+    move.target.pull_bytes_per_s = 24 << 20
     await move.advance(HELD)
     destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
     await destination.activate()

@@ -140,20 +140,22 @@ def _why_skipped(disk: pb.DiskFacts, site: Site) -> str:
 
 
 def _moved(disk: pb.DiskFacts, site: Site, move: pb.DiskMove, *, fast: bool) -> tuple[Strategy, str]:
-    chain = f"; it takes in what it is backed by ({', '.join(disk.backing)})" if disk.backing else ""
+    rest = f"; it takes in what it is backed by ({', '.join(disk.backing)})" if disk.backing else ""
+    if disk.bitmaps:
+        rest += f"; its dirty bitmaps ({', '.join(disk.bitmaps)}) are lost: the next backup of it must be a full one"
     if _is_pulled(disk, fast=fast):
         why = f"fast: {site.host} pulls it after the switch"
         if site.place.format not in ("", "qcow2"):
             why = f"{why}, as qcow2, though {site.host_type} hosts have {site.place.format}"
-        return PULL, f"{why}{chain}"
+        return PULL, f"{why}{rest}"
     differs = []
     if move.path != disk.source:
         differs.append(f"{move.path}")
     if move.format != disk.format:
         differs.append(f"{move.format} instead of {disk.format}")
     if differs:
-        return CONVERT, f"hosts of the type {site.host_type} have it as {', '.join(differs)}{chain}"
-    return COPY, f"local to its host; {site.host} gets it at the same path{chain}"
+        return CONVERT, f"hosts of the type {site.host_type} have it as {', '.join(differs)}{rest}"
+    return COPY, f"local to its host; {site.host} gets it at the same path{rest}"
 
 
 def _obstacles(disk: pb.DiskFacts, site: Site, move: pb.DiskMove) -> Iterator[str]:
@@ -174,6 +176,11 @@ def _obstacles(disk: pb.DiskFacts, site: Site, move: pb.DiskMove) -> Iterator[st
         yield "is shared with other guests, which would go on with the old copy; put it on shared storage"
     if disk.snapshots:
         yield f"has {disk.snapshots} snapshots inside, which a copy would lose; delete them (qemu-img snapshot -d)"
+    if disk.data_file:
+        yield (
+            f"has its data in another file ({disk.data_file}), which is not handled; make it one image"
+            " (qemu-img convert)"
+        )
     if len(disk.backing) >= DEEPEST_CHAIN:
         yield (
             f"is backed by a chain of {len(disk.backing)} images, and {DEEPEST_CHAIN - 1} are handled; shorten it"

@@ -28,7 +28,7 @@ from handoff_agent.disks.space import space_needed_bytes
 from handoff_agent.disks.storage_daemon import StorageDaemon
 from handoff_agent.disks.uris import ExportUri, parse_uri
 from handoff_agent.events import ConnectionEvent
-from handoff_agent.monitor import Monitor
+from handoff_agent.monitor import Json, Monitor
 from handoff_agent.rules import (
     ACTIVE,
     DESTINATION,
@@ -518,6 +518,11 @@ async def test_what_stands_in_the_way_is_seen_before_anything_is_touched(move: M
     there.with_name("moved").rename(there)
     nodes = await Monitor(move.source.slot, move.guest).execute("query-block")
     (node,) = [each["inserted"]["node-name"] for each in cast(list[dict[str, dict[str, str]]], nodes)]
+    bitmap: dict[str, Json] = {"node": node, "name": "backup-1", "persistent": True}
+    await Monitor(move.source.slot, move.guest).execute("block-dirty-bitmap-add", bitmap)
+    _, guest = await move.source.handoffs.prepare_source(move.id, move.guest, validate_only=True)
+    planned = await move.target.handoffs.prepare_destination(move.id, guest, "a", validate_only=True)
+    assert "its dirty bitmaps (backup-1) are lost" in planned.handoff.disks[0].reason
     snapshot = {"device": node, "name": "before-upgrade"}
     await Monitor(move.source.slot, move.guest).execute("blockdev-snapshot-internal-sync", snapshot)
     await refused("disk vda has 1 snapshots inside")

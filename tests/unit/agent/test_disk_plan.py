@@ -162,6 +162,17 @@ def test_a_backing_file_is_taken_in() -> None:
     assert "takes in what it is backed by (/srv/base)" in the_plan(disk(backing=("/srv/base",))).reason
 
 
+@pytest.mark.parametrize(("place", "fast"), [(Place(), False), (SSD, False), (Place(), True)])
+def test_a_plan_says_that_bitmaps_are_lost(place: Place, fast: bool) -> None:
+    move = the_plan(disk(bitmaps=("b1", "b2"), backing=("/srv/base",)), place=place, fast=fast)
+    assert move.strategy in MOVED
+    assert move.reason.endswith(
+        "; it takes in what it is backed by (/srv/base); its dirty bitmaps (b1, b2) are lost: the next backup of it"
+        " must be a full one"
+    )
+    assert "bitmaps" not in the_plan(disk(bitmaps=("b1",), placement=types.DISK_PLACEMENT_SHARED)).reason
+
+
 REFUSED = {
     "iso": ({"device": "cdrom"}, "virsh change-media vda --eject"),
     "lun": ({"device": "lun", "kind": "block"}, "passed through"),
@@ -170,6 +181,7 @@ REFUSED = {
     "encrypted": ({"encrypted": True}, "is encrypted"),
     "shareable": ({"shareable": True}, "shared with other guests"),
     "snapshots": ({"snapshots": 2}, "has 2 snapshots inside"),
+    "data file": ({"data_file": "d.raw"}, "has its data in another file (d.raw)"),
     "chain": ({"backing": tuple("abcdefgh")}, f"chain of 8 images, and {DEEPEST_CHAIN - 1} are handled"),
     "size": ({"virtual_size_bytes": 0}, "does not tell its size"),
 }

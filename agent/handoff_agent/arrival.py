@@ -1,5 +1,6 @@
 """What is looked at before a guest may come to this host, and the XML that it comes with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -7,6 +8,7 @@ from handoff.agent.v1 import disk_pb2
 from handoff.agent.v1 import qemu_pb2 as pb
 from handoff_agent.builds import has_multifd
 from handoff_agent.disks.plans import DiskPlans
+from handoff_agent.disks.space import Promise
 from handoff_agent.domain_xml import XmlChanges, destination_xml, persistent_xml
 from handoff_agent.emulators import Emulators
 from handoff_agent.movable import destination_obstacles, refusal
@@ -50,8 +52,11 @@ class Arrivals:
         cpr_socket: str = "",
         *,
         fast: bool = False,
+        promises: Sequence[Promise] = (),
     ) -> Arrival:
         """The guest's XML for here. `emulator`: name of the build that it shall get; `fast`: disks are pulled.
+
+        `promises`: the space of other guests' disks that are on their way.
 
         Raises PreconditionError or ExhaustedError with every reason why it can't come, and as Survey.host_facts does.
         """
@@ -67,7 +72,7 @@ class Arrivals:
         refused = refusal(destination_obstacles(domain, facts))
         if refused is not None:
             raise refused
-        moves = () if local else await self._disks.plan(domain.name, guest.disks, fast=fast)
+        moves = () if local else await self._disks.plan(domain.name, guest.disks, fast=fast, promises=promises)
         build = (
             next((build for build in self._emulators.builds if build.name == emulator), None)
             if emulator

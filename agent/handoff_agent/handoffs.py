@@ -16,9 +16,10 @@ from handoff_agent.arrival import DEFAULT_SLOT, Arrivals
 from handoff_agent.companions import Companions, NoCompanions
 from handoff_agent.departure import Departures
 from handoff_agent.destination import DestinationHandoff, Folder, Listener
-from handoff_agent.disks.moves import moves_of, recorded, restore_facts
+from handoff_agent.disks.moves import moves_of, promises, recorded, restore_facts
 from handoff_agent.disks.plan import PULL
 from handoff_agent.disks.rewrite import with_disks
+from handoff_agent.disks.space import Promise
 from handoff_agent.handoff import Handoff
 from handoff_agent.handoff_changes import HandoffChanges
 from handoff_agent.ledger import Ledger, Record, TermGuard
@@ -242,7 +243,9 @@ class Handoffs:
         if validate_only:
             if (leftover := self._leftover(migration_id, guest.domain.uuid, SOURCE, DESTINATION)) is not None:
                 raise PreconditionError(leftover)
-            arrival = await self._arrivals.examine(guest, slot_name, method, emulator, fast=fast)
+            arrival = await self._arrivals.examine(
+                guest, slot_name, method, emulator, fast=fast, promises=self._promises()
+            )
             return pb.PrepareDestinationResponse(
                 handoff=pb.Handoff(disks=arrival.disks), cpr_obstacles=arrival.cpr_obstacles
             )
@@ -251,7 +254,9 @@ class Handoffs:
                 return pb.PrepareDestinationResponse(handoff=self.get(migration_id, DESTINATION).to_message())
             if (leftover := self._leftover(migration_id, guest.domain.uuid, SOURCE, DESTINATION)) is not None:
                 raise UnavailableError(leftover)
-            arrival = await self._arrivals.examine(guest, slot_name, method, emulator, cpr_socket(folder), fast=fast)
+            arrival = await self._arrivals.examine(
+                guest, slot_name, method, emulator, cpr_socket(folder), fast=fast, promises=self._promises()
+            )
             record = Record(
                 migration_id=migration_id,
                 role=DESTINATION,
@@ -342,6 +347,9 @@ class Handoffs:
                     " settled yet; the leader does that within seconds of reaching the host: try again then"
                 )
         return None
+
+    def _promises(self) -> Sequence[Promise]:
+        return promises(handoff.record for handoff in self._handoffs.values())
 
     def _check_id(self, migration_id: str) -> None:
         if not _ID.fullmatch(migration_id):

@@ -41,6 +41,8 @@ def _facts(element: etree._Element, disk: types.Disk, node: Node | None) -> pb.D
         facts.snapshots = node.snapshots
         facts.encrypted = node.encrypted
         facts.cluster_bytes = node.cluster_bytes
+        facts.data_file = node.data_file
+        facts.bitmaps.extend(node.bitmaps)
     return facts
 
 

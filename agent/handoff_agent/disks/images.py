@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from handoff_agent.disks.plan import PathFacts
+from handoff_agent.disks.space import PathFacts
 from handoff_common.errors import ExhaustedError, HandoffError, PreconditionError
 
 TOOL_TIMEOUT_S: Final = 20.0
 _OWNER_ONLY: Final = 0o600
+_BLOCK_BYTES: Final = 512
 
 
 def look(paths: Sequence[str]) -> dict[str, PathFacts]:
@@ -84,7 +85,15 @@ def _look_at(path: Path) -> PathFacts:
         exists=os.path.lexists(path),
         file_system=file_system,
         free_bytes=status.f_bavail * status.f_frsize,
+        allocated_bytes=_allocated_bytes(path),
     )
+
+
+def _allocated_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * _BLOCK_BYTES
+    except OSError:
+        return 0
 
 
 def _tool(*command: str) -> None:

@@ -5,7 +5,10 @@ from collections.abc import Iterable
 from google.protobuf.json_format import MessageToJson, Parse
 
 from handoff.agent.v1 import disk_pb2 as pb
+from handoff_agent.disks.plan import MOVED, PULL
+from handoff_agent.disks.space import Promise, space_needed_bytes
 from handoff_agent.ledger import Record
+from handoff_agent.rules import DESTINATION, FINAL_STATES, PREPARED
 
 
 def moves_of(record: Record) -> tuple[pb.DiskMove, ...]:
@@ -16,6 +19,17 @@ def moves_of(record: Record) -> tuple[pb.DiskMove, ...]:
 def recorded(moves: Iterable[pb.DiskMove]) -> tuple[str, ...]:
     """The plan as a record keeps it."""
     return tuple(MessageToJson(move, indent=None) for move in moves)
+
+
+def promises(records: Iterable[Record]) -> tuple[Promise, ...]:
+    """The space of all disks that are on their way to this host: mirrored until their guest runs, or pulled then."""
+    return tuple(
+        Promise(record.domain_name, move.path, space_needed_bytes(move))
+        for record in records
+        if record.role == DESTINATION and record.state not in FINAL_STATES
+        for move in moves_of(record)
+        if move.strategy in MOVED and (record.state == PREPARED or (record.pulling and move.strategy == PULL))
+    )
 
 
 def restore_facts(disks: Iterable[pb.DiskFacts], moves: Iterable[pb.DiskMove]) -> None:

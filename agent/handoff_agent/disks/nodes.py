@@ -1,6 +1,6 @@
 """The block nodes of a guest's QEMU, by the disks of its XML."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -29,6 +29,10 @@ class Node:
     cluster_bytes: int = 0
     backing: tuple[str, ...] = ()
     """Names of the images below, the nearest first."""
+    data_file: str = ""
+    """Has the data instead of the image."""
+    bitmaps: tuple[str, ...] = ()
+    """Names of the persistent dirty bitmaps of all layers."""
 
 
 async def disk_nodes(monitor: Executes, root: etree._Element) -> dict[str, Node]:
@@ -59,7 +63,25 @@ def parse_node(inserted: Mapping[str, Json]) -> Node:
         encrypted=any(bool(layer.get("encrypted")) for layer in layers),
         cluster_bytes=_int(image, "cluster-size") if image.get("format") == "qcow2" else 0,
         backing=tuple(str(layer.get("filename", "")) for layer in layers[1:]),
+        data_file=str(_of_format(image).get("data-file", "")),
+        bitmaps=tuple(sorted(set(_bitmaps(inserted, layers)))),
     )
+
+
+def _bitmaps(inserted: Mapping[str, Json], layers: Sequence[Mapping[str, Json]]) -> Iterator[str]:
+    # One that was made since QEMU has the image open is not in the image yet.
+    for bitmap in cast(Sequence[Mapping[str, Json]], inserted.get("dirty-bitmaps") or ()):
+        if bitmap.get("persistent"):
+            yield str(bitmap.get("name", ""))
+    for layer in layers:
+        for bitmap in cast(Sequence[Mapping[str, Json]], _of_format(layer).get("bitmaps") or ()):
+            yield str(bitmap.get("name", ""))
+
+
+def _of_format(image: Mapping[str, Json]) -> Mapping[str, Json]:
+    """What is told of qcow2 alone."""
+    told = cast(Mapping[str, Json], image.get("format-specific") or {})
+    return cast(Mapping[str, Json], told.get("data") or {}) if told.get("type") == "qcow2" else {}
 
 
 def _is_of(qdev: str, alias: str) -> bool:

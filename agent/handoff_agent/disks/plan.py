@@ -17,6 +17,7 @@ from typing import Final, TypeAlias
 
 from handoff.agent.v1 import disk_pb2 as pb
 from handoff.agent.v1 import types_pb2 as types
+from handoff_agent.disks.space import PathFacts, Promise, promised_bytes, space_needed_bytes
 from handoff_common.errors import ExhaustedError, HandoffError, PreconditionError
 
 Strategy: TypeAlias = pb.DiskStrategy.ValueType
@@ -32,9 +33,6 @@ MOVED: Final = frozenset({COPY, CONVERT, PULL})
 FORMATS: Final = ("raw", "qcow2")
 # Each layer costs a look-up on every read of the mirror; a chain this deep is a backup tool that went astray.
 DEEPEST_CHAIN: Final = 8
-# qcow2's tables, and what the guest writes while the plan is carried out.
-SPACE_FACTOR: Final = 1.02
-SPACE_RESERVE_BYTES: Final = 64 << 20
 _PROTOCOLS: Final = {"nbd": "NBD", "rbd": "RBD", "iscsi": "iSCSI"}
 _SKIPPED: Final = (types.DISK_PLACEMENT_SHARED, types.DISK_PLACEMENT_NETWORK, types.DISK_PLACEMENT_EMPTY)
 
@@ -50,17 +48,6 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class PathFacts:
-    """What is at a path of this host where a disk is to be."""
-
-    exists: bool = False
-    folder_exists: bool = True
-    file_system: int = 0
-    """Tells paths apart that share their free space."""
-    free_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Site:
     """This host, as a place for disks."""
 
@@ -68,7 +55,8 @@ class Site:
     host_type: str
     place: Place
     paths: Mapping[str, PathFacts]
-    """By path; for all that `paths_here` names."""
+    """By path; for all that `paths_here` names, and all promises."""
+    promises: Sequence[Promise] = ()
     tls: bool = False
     """Disks come by TLS only."""
 
@@ -97,11 +85,6 @@ def refusal(guest: str, moves: Sequence[pb.DiskMove], *, only_space: bool) -> Ha
 def lacks_only_space(disks: Sequence[pb.DiskFacts], site: Site, *, fast: bool = False) -> bool:
     """Whether free space is all that stands in the way."""
     return all(_plan_one(disk, site, fast=fast).strategy != REFUSE for disk in disks)
-
-
-def space_needed_bytes(move: pb.DiskMove) -> int:
-    """Free space that a disk needs here before it is begun: what it holds now, never what it may hold one day."""
-    return min(int(move.bytes_to_send * SPACE_FACTOR), move.virtual_size_bytes) + SPACE_RESERVE_BYTES
 
 
 def _plan_one(disk: pb.DiskFacts, site: Site, *, fast: bool) -> pb.DiskMove:
@@ -157,20 +140,22 @@ def _why_skipped(disk: pb.DiskFacts, site: Site) -> str:
 
 
 def _moved(disk: pb.DiskFacts, site: Site, move: pb.DiskMove, *, fast: bool) -> tuple[Strategy, str]:
-    chain = f"; it takes in what it is backed by ({', '.join(disk.backing)})" if disk.backing else ""
+    rest = f"; it takes in what it is backed by ({', '.join(disk.backing)})" if disk.backing else ""
+    if disk.bitmaps:
+        rest += f"; its dirty bitmaps ({', '.join(disk.bitmaps)}) are lost: the next backup of it must be a full one"
     if _is_pulled(disk, fast=fast):
         why = f"fast: {site.host} pulls it after the switch"
         if site.place.format not in ("", "qcow2"):
             why = f"{why}, as qcow2, though {site.host_type} hosts have {site.place.format}"
-        return PULL, f"{why}{chain}"
+        return PULL, f"{why}{rest}"
     differs = []
     if move.path != disk.source:
         differs.append(f"{move.path}")
     if move.format != disk.format:
         differs.append(f"{move.format} instead of {disk.format}")
     if differs:
-        return CONVERT, f"hosts of the type {site.host_type} have it as {', '.join(differs)}{chain}"
-    return COPY, f"local to its host; {site.host} gets it at the same path{chain}"
+        return CONVERT, f"hosts of the type {site.host_type} have it as {', '.join(differs)}{rest}"
+    return COPY, f"local to its host; {site.host} gets it at the same path{rest}"
 
 
 def _obstacles(disk: pb.DiskFacts, site: Site, move: pb.DiskMove) -> Iterator[str]:
@@ -191,6 +176,11 @@ def _obstacles(disk: pb.DiskFacts, site: Site, move: pb.DiskMove) -> Iterator[st
         yield "is shared with other guests, which would go on with the old copy; put it on shared storage"
     if disk.snapshots:
         yield f"has {disk.snapshots} snapshots inside, which a copy would lose; delete them (qemu-img snapshot -d)"
+    if disk.data_file:
+        yield (
+            f"has its data in another file ({disk.data_file}), which is not handled; make it one image"
+            " (qemu-img convert)"
+        )
     if len(disk.backing) >= DEEPEST_CHAIN:
         yield (
             f"is backed by a chain of {len(disk.backing)} images, and {DEEPEST_CHAIN - 1} are handled; shorten it"
@@ -230,15 +220,19 @@ def _refuse_for_space(moves: Sequence[pb.DiskMove], site: Site) -> None:
     for move in moves:
         if move.strategy in MOVED:
             together[site.paths.get(move.path, PathFacts()).file_system].append(move)
-    for sharing in together.values():
+    for file_system, sharing in together.items():
         needed, free = (
             sum(space_needed_bytes(move) for move in sharing),
             site.paths.get(sharing[0].path, PathFacts()).free_bytes,
         )
-        if needed <= free:
+        promised = promised_bytes(site.promises, site.paths, file_system)
+        if needed + sum(promised.values()) <= free:
             continue
         whose = "needs" if len(sharing) == 1 else f"and {len(sharing) - 1} more need"
         folder = PurePosixPath(sharing[0].path).parent
+        lack = f"{whose} {needed >> 20} MiB in {folder} on host {site.host}, which has {free >> 20} MiB free"
+        if promised:
+            guests = ", ".join(sorted(promised))
+            lack = f"{lack} and has promised {sum(promised.values()) >> 20} MiB to disks on their way there ({guests})"
         for move in sharing:
-            move.strategy = REFUSE
-            move.reason = f"{whose} {needed >> 20} MiB in {folder} on host {site.host}, which has {free >> 20} MiB free"
+            move.strategy, move.reason = REFUSE, lack

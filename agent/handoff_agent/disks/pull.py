@@ -16,7 +16,7 @@ import libvirt
 import structlog
 
 from handoff.agent.v1 import disk_pb2 as pb
-from handoff_agent.disks.qemu_img import is_flat, qemu_img
+from handoff_agent.disks.qemu_img import is_flat, options, qemu_img
 from handoff_agent.disks.uris import parse_uri
 from handoff_agent.domains import is_active
 from handoff_agent.slots import Slot
@@ -55,7 +55,7 @@ class Pull:
                 if await is_active(self._slot, self._uuid):
                     await self._pull(report)
                 else:
-                    await self._rebase()
+                    await self._rebase(report)
             except HandoffError as error:
                 self._log.warning("pull goes on", disk=self._move.target, error=error.message)
                 report(self._reading(pb.DISK_PHASE_PULLING, self._last[1], self._total, error.message))
@@ -80,8 +80,19 @@ class Pull:
         if not await is_flat(self._move.path):
             raise UnavailableError(f"the pull of disk {target} has ended early; see virsh domblkerror")
 
-    async def _rebase(self) -> None:
-        await qemu_img("rebase", "-f", self._move.format, "-b", "", self._move.path)
+    async def _rebase(self, report: Report) -> None:
+        """Bounded as the block pull is: by what is gone through."""
+        size = self._move.virtual_size_bytes
+
+        def hear(percent: float) -> None:
+            report(self._reading(pb.DISK_PHASE_PULLING, int(size * percent / 100), size))
+
+        image = {"driver": self._move.format, "file.driver": "file", "file.filename": self._move.path}
+        limit: tuple[str, ...] = ()
+        if self._bytes_per_s:
+            limit = ("--object", f"throttle-group,id=pull,limits.bps-read={self._bytes_per_s}")
+            image |= {"backing.driver": "throttle", "backing.throttle-group": "pull"}
+        await qemu_img("rebase", "-p", *limit, "--image-opts", "-b", "", options(image), on_progress=hear)
 
     def _silence(self) -> str:
         base = parse_uri(self._move.base_uri)

@@ -24,10 +24,11 @@ from handoff_agent.disks import flows
 from handoff_agent.disks.moves import moves_of
 from handoff_agent.disks.settings import StorageSettings
 from handoff_agent.disks.source import DepartingDisks
+from handoff_agent.disks.space import space_needed_bytes
 from handoff_agent.disks.storage_daemon import StorageDaemon
 from handoff_agent.disks.uris import ExportUri, parse_uri
 from handoff_agent.events import ConnectionEvent
-from handoff_agent.monitor import Monitor
+from handoff_agent.monitor import Json, Monitor
 from handoff_agent.rules import (
     ACTIVE,
     DESTINATION,
@@ -44,7 +45,7 @@ from handoff_agent.rules import (
     State,
 )
 from handoff_agent.settings import HostTypeSettings
-from handoff_common.errors import PreconditionError
+from handoff_common.errors import ExhaustedError, PreconditionError
 
 DATA_MIB = 24
 ZEROS_MIB = 16
@@ -341,7 +342,7 @@ async def test_where_the_kernel_paces_no_longer_qemu_does(move: Move, monkeypatc
 @pytest.mark.parametrize("formats", [("qcow2", "qcow2")], ids=["qcow2"])
 async def test_a_pull_goes_on_after_the_guest_was_shut_down_and_the_agent_restarted(move: Move) -> None:
     move = replace(move, fast=True)
-    move.target.pull_bytes_per_s = 4 << 20
+    move.target.pull_bytes_per_s = 24 << 20
     await move.advance(HELD)
     destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
     await destination.activate()
@@ -517,8 +518,37 @@ async def test_what_stands_in_the_way_is_seen_before_anything_is_touched(move: M
     there.with_name("moved").rename(there)
     nodes = await Monitor(move.source.slot, move.guest).execute("query-block")
     (node,) = [each["inserted"]["node-name"] for each in cast(list[dict[str, dict[str, str]]], nodes)]
+    bitmap: dict[str, Json] = {"node": node, "name": "backup-1", "persistent": True}
+    await Monitor(move.source.slot, move.guest).execute("block-dirty-bitmap-add", bitmap)
+    _, guest = await move.source.handoffs.prepare_source(move.id, move.guest, validate_only=True)
+    planned = await move.target.handoffs.prepare_destination(move.id, guest, "a", validate_only=True)
+    assert "its dirty bitmaps (backup-1) are lost" in planned.handoff.disks[0].reason
     snapshot = {"device": node, "name": "before-upgrade"}
     await Monitor(move.source.slot, move.guest).execute("blockdev-snapshot-internal-sync", snapshot)
     await refused("disk vda has 1 snapshots inside")
     assert images(move)[1] == []
     assert not move.target.handoffs.all()
+
+
+@pytest.mark.parametrize("formats", [("raw", "raw")], ids=["raw"])
+async def test_two_that_come_at_once_do_not_share_their_space(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, other = await move.source.handoffs.prepare_source("other", move.guest, validate_only=True)
+    other.domain.uuid, other.domain.name = str(uuid.uuid4()), "other"
+    other.disks[0].source = other.disks[0].source.replace("a.raw", "b.raw")
+    move = replace(move, bandwidth=6 << 20)
+    await move.advance(TRANSFERRING)
+    await sending(move)
+    needed = space_needed_bytes(moves_of(move.target.handoffs.get(move.id, DESTINATION).record)[0])
+    real, free = os.statvfs, needed + (16 << 20)
+
+    def nearly_full(path: Path) -> os.statvfs_result:
+        told = real(path)
+        return os.statvfs_result((told.f_bsize, 1, *told[2:4], free, *told[5:]))
+
+    monkeypatch.setattr("handoff_agent.disks.images.os.statvfs", nearly_full)
+    for validate_only in (True, False):
+        with pytest.raises(ExhaustedError, match=r"MiB free and has promised \d+ MiB to disks on their way there \(g-"):
+            await move.target.handoffs.prepare_destination("other", other, "a", validate_only=validate_only)
+    await move.abort()
+    planned = await move.target.handoffs.prepare_destination("other", other, "a", validate_only=True)
+    assert planned.handoff.disks[0].path.endswith("b.raw")

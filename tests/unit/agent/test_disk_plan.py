@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from handoff.agent.v1 import disk_pb2 as pb
 from handoff.agent.v1 import types_pb2 as types
-from handoff_agent.disks.moves import restore_facts
+from handoff_agent.disks.moves import promises, recorded, restore_facts
 from handoff_agent.disks.plan import (
     CONVERT,
     COPY,
@@ -17,16 +17,28 @@ from handoff_agent.disks.plan import (
     PULL,
     REFUSE,
     SKIP,
-    PathFacts,
     Place,
     Site,
     lacks_only_space,
     paths_here,
     plan,
     refusal,
-    space_needed_bytes,
 )
 from handoff_agent.disks.rewrite import with_disks
+from handoff_agent.disks.space import PathFacts, Promise, promised_bytes, space_needed_bytes
+from handoff_agent.ledger import Record
+from handoff_agent.rules import (
+    ACTIVE,
+    DESTINATION,
+    FAILED,
+    FINAL_STATES,
+    PREPARED,
+    SOURCE,
+    Role,
+    State,
+    role_name,
+    state_name,
+)
 from handoff_common.errors import ExhaustedError, PreconditionError
 
 MIB = 1 << 20
@@ -150,6 +162,17 @@ def test_a_backing_file_is_taken_in() -> None:
     assert "takes in what it is backed by (/srv/base)" in the_plan(disk(backing=("/srv/base",))).reason
 
 
+@pytest.mark.parametrize(("place", "fast"), [(Place(), False), (SSD, False), (Place(), True)])
+def test_a_plan_says_that_bitmaps_are_lost(place: Place, fast: bool) -> None:
+    move = the_plan(disk(bitmaps=("b1", "b2"), backing=("/srv/base",)), place=place, fast=fast)
+    assert move.strategy in MOVED
+    assert move.reason.endswith(
+        "; it takes in what it is backed by (/srv/base); its dirty bitmaps (b1, b2) are lost: the next backup of it"
+        " must be a full one"
+    )
+    assert "bitmaps" not in the_plan(disk(bitmaps=("b1",), placement=types.DISK_PLACEMENT_SHARED)).reason
+
+
 REFUSED = {
     "iso": ({"device": "cdrom"}, "virsh change-media vda --eject"),
     "lun": ({"device": "lun", "kind": "block"}, "passed through"),
@@ -158,6 +181,7 @@ REFUSED = {
     "encrypted": ({"encrypted": True}, "is encrypted"),
     "shareable": ({"shareable": True}, "shared with other guests"),
     "snapshots": ({"snapshots": 2}, "has 2 snapshots inside"),
+    "data file": ({"data_file": "d.raw"}, "has its data in another file (d.raw)"),
     "chain": ({"backing": tuple("abcdefgh")}, f"chain of 8 images, and {DEEPEST_CHAIN - 1} are handled"),
     "size": ({"virtual_size_bytes": 0}, "does not tell its size"),
 }
@@ -193,6 +217,73 @@ def test_disks_share_the_free_space_of_a_file_system() -> None:
     assert [move.strategy for move in moves] == [REFUSE, REFUSE]
     assert "MiB free" in moves[0].reason
     assert isinstance(refusal("web", moves, only_space=lacks_only_space([one, two], here)), ExhaustedError)
+
+
+def on_its_way(guest: str, state: State, *, pulling: bool = False, role: Role = DESTINATION) -> Record:
+    """One disk that is copied, one that is pulled, and one that is shared; a GiB each."""
+    moves = [
+        pb.DiskMove(path=f"/srv/vms/{guest}-{name}", strategy=strategy, virtual_size_bytes=GIB, bytes_to_send=GIB)
+        for name, strategy in (("copied", COPY), ("pulled", PULL), ("shared", SKIP))
+    ]
+    return Record(f"m-{guest}", role, state, domain_name=guest, disks=recorded(moves), pulling=pulling)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (on_its_way("web", PREPARED, pulling=True), ["web-copied", "web-pulled"]),
+        (on_its_way("web", ACTIVE, pulling=True), ["web-pulled"]),
+        (on_its_way("web", FAILED, pulling=True), ["web-pulled"]),
+        (on_its_way("web", ACTIVE), []),
+        *[(on_its_way("web", state, pulling=True), []) for state in FINAL_STATES],
+        (on_its_way("web", PREPARED, pulling=True, role=SOURCE), []),
+    ],
+    ids=lambda each: f"{role_name(each.role)}-{state_name(each.state)}" if isinstance(each, Record) else "",
+)
+def test_space_is_promised_to_what_still_comes(record: Record, expected: list[str]) -> None:
+    found = promises([record])
+    assert [promise.path.removeprefix("/srv/vms/") for promise in found] == expected
+    assert all(promise == Promise("web", promise.path, GIB + (64 << 20)) for promise in found)
+
+
+def test_what_is_promised_to_others_is_not_free() -> None:
+    needed = space_needed_bytes(the_plan(disk()))
+    web, db, else_where = Promise("web", "/w", 3 * GIB), Promise("db", "/d", 2 * GIB), Promise("x", "/x", 99 * GIB)
+    there = {
+        "/w": PathFacts(exists=True, allocated_bytes=GIB),
+        "/d": PathFacts(exists=True, allocated_bytes=2 * GIB + 1),
+        "/x": PathFacts(file_system=7),
+    }
+
+    def judged(free_bytes: int) -> pb.DiskMove:
+        here = site(disk(), free_bytes=free_bytes)
+        paths = {**here.paths, **there}
+        (move,) = plan([disk()], replace(here, paths=paths, promises=(web, db, else_where)))
+        return move
+
+    assert judged(needed + 2 * GIB).strategy == COPY
+    refused = judged(needed + 2 * GIB - 1)
+    assert refused.strategy == REFUSE
+    assert refused.reason == (
+        f"needs {needed >> 20} MiB in /srv/vms on host h2, which has {(needed + 2 * GIB - 1) >> 20} MiB free and has"
+        " promised 2048 MiB to disks on their way there (web)"
+    )
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9), st.integers(0, 9), st.integers(0, 1)), max_size=6),
+    st.integers(0, 1),
+)
+def test_nobody_is_promised_less_than_nothing(images: list[tuple[str, int, int, int]], file_system: int) -> None:
+    made = [Promise(guest, f"/{number}", size) for number, (guest, size, _, _) in enumerate(images)]
+    paths = {
+        f"/{number}": PathFacts(allocated_bytes=allocated, file_system=where)
+        for number, (_, _, allocated, where) in enumerate(images)
+    }
+    lacking = promised_bytes(made, paths, file_system)
+    expected = sum(max(0, size - allocated) for _, size, allocated, where in images if where == file_system)
+    assert sum(lacking.values()) == expected
+    assert all(value > 0 for value in lacking.values())
 
 
 FACTS = st.builds(

@@ -208,6 +208,9 @@ class SourceHandoff(Handoff):
             self._own(self._hold_again())
 
     async def _hold_again(self) -> None:
+        with contextlib.suppress(HandoffError):
+            if await is_running(self._monitor):
+                return  # the agent died in an abort, which is repeated: what goes with the guest is its own
         with contextlib.suppress(HandoffError):  # it is logged
             await each((companion.held_again() for companion in self.companions), self.log)
 

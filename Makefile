@@ -25,7 +25,11 @@ proto: ## buf lint
 	.venv/bin/buf lint
 
 unit: ## unit, property and model tests; no root needed but for etcd's and systemd's own binaries
-	$(PYTHON) -m pytest -n 3 --dist worksteal --timeout 120 -o faulthandler_timeout=150 tests/unit tests/model
+	$(PYTHON) -m pytest -n 3 --dist worksteal --timeout 120 -o faulthandler_timeout=150 -m "not crash_points" \
+		tests/unit tests/model
+
+crash-points: ## an agent dies before and after every write of its records, in every way that a handoff can go
+	$(PYTHON) -m pytest -n 2 --dist worksteal --timeout 120 tests/unit/agent/test_crash_points.py
 
 lab-test: ## the fleet: real libvirt, QEMU, Open vSwitch and etcd
 	$(PYTHON) -m pytest tests/lab --ignore=tests/lab/test_soak.py
@@ -53,5 +57,5 @@ clean: ## stop the lab, remove what was built here
 	-.venv/bin/handoff-lab down
 	rm -rf build out .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup demo test lint types proto unit lab-test soak \
+.PHONY: help setup demo test lint types proto unit crash-points lab-test soak \
 	bench-handoff bench-upgrade bench-switch bench-disks bench-fast clean

@@ -14,7 +14,7 @@ from handoff.agent.v1 import qemu_pb2 as pb
 from handoff_agent.disks.moves import moves_of
 from handoff_agent.ledger import Record
 from handoff_agent.rules import DESTINATION, HELD, Answer, Call, State, judge, state_name
-from handoff_common.errors import PreconditionError
+from handoff_common.errors import HandoffError, PreconditionError
 
 log = structlog.get_logger()
 
@@ -84,12 +84,20 @@ class Handoff:
         return verdict.answer is Answer.PROCEED
 
     async def change(self, **changes: Unpack[Changes]) -> None:
-        """Changes the record, which is on disk on return; then others are told. Raises as `Save` does."""
+        """Changes the record, which is on disk on return; then others are told. Raises as `Save` does.
+
+        What can't be written is not so: the call is carried out again when it is repeated.
+        """
         before = self.record.state
         self.record = record = dataclasses.replace(self.record, changed_s=time.time(), **changes)
+        try:
+            await self._save(record)
+        except HandoffError:
+            if self.record is record:
+                self.record = self._told
+            raise
         if record.state != before:
             self.log.info("handoff", state=state_name(record.state), before=state_name(before), message=record.message)
-        await self._save(record)
         told, self._told = self._told, record
         if record.state != told.state:
             self._wake()

@@ -43,7 +43,6 @@ from handoff_agent.source import SourceHandoff
 from handoff_agent.survey import LOCAL_METHODS
 from handoff_common.errors import (
     ExhaustedError,
-    HandoffError,
     InvalidArgumentError,
     NotFoundError,
     PreconditionError,
@@ -180,7 +179,9 @@ class Handoffs:
             if self._proceeds(migration_id, SOURCE):
                 handoff, guest = await self._begin_source(migration_id, uuid, local=local, disks=disks)
                 return handoff.to_message(), guest
-        handoff = self.get(migration_id, SOURCE)
+            handoff = self.get(migration_id, SOURCE)
+            if isinstance(handoff, SourceHandoff):
+                await handoff.prepare()
         try:
             guest = await self._departures.read(handoff.record.domain_uuid, local=local)
             guest.autostart = handoff.record.autostart
@@ -211,12 +212,6 @@ class Handoffs:
         await self._save(record)
         handoff = self._make(record)
         assert isinstance(handoff, SourceHandoff)
-        if guest.autostart:
-            try:
-                await self._hypervisor.slot(record.slot).on_domain(uuid, lambda domain: domain.setAutostart(0))
-            except HandoffError as error:
-                await handoff.change(state=FAILED, message=f"autostart could not be turned off: {error.message}")
-                raise
         await handoff.prepare()
         restore_facts(guest.disks, moves_of(handoff.record))
         self._announce(handoff)

@@ -40,6 +40,7 @@ from handoff_agent.rules import (
     COPYING_STATES,
     FAILED,
     HELD,
+    PREPARED,
     READY,
     RELEASED,
     SWITCHING,
@@ -76,6 +77,7 @@ class SourceHandoff(Handoff):
         self._pausing: asyncio.Task[None] | None = None
         self._turning_back: asyncio.Task[HandoffError | None] | None = None
         self._next_look_s = 0.0
+        self._is_prepared = False
         self._begun = False
         self._ordered_at = 0.0
         self._went_s = 0.0
@@ -101,12 +103,22 @@ class SourceHandoff(Handoff):
     # The leader's calls. Each holds the lock, and is repeatable.
 
     async def prepare(self) -> None:
-        """Tells the companions; FAILED when one can't, with its reason, which is raised."""
-        try:
-            await together(companion.leaving() for companion in self.companions)
-        except HandoffError as error:
-            await self.change(state=FAILED, message=error.message)
-            raise
+        """Turns autostart off and tells the companions; FAILED when that can't be, with the reason, which is raised.
+
+        May be repeated: an earlier life of the agent may have died in the middle of it.
+        """
+        async with self.lock:
+            if self._is_prepared or self.state != PREPARED:
+                return
+            try:
+                if self.record.autostart:
+                    # Its host, when it is started again, must not run what is held.
+                    await self._slot.on_domain(self.record.domain_uuid, lambda domain: domain.setAutostart(0))
+                await together(companion.leaving() for companion in self.companions)
+            except HandoffError as error:
+                await self.change(state=FAILED, message=error.message)
+                raise
+            self._is_prepared = True
 
     async def start_transfer(
         self,
@@ -196,6 +208,9 @@ class SourceHandoff(Handoff):
             self._own(self._hold_again())
 
     async def _hold_again(self) -> None:
+        with contextlib.suppress(HandoffError):
+            if await is_running(self._monitor):
+                return  # the agent died in an abort, which is repeated: what goes with the guest is its own
         with contextlib.suppress(HandoffError):  # it is logged
             await each((companion.held_again() for companion in self.companions), self.log)
 

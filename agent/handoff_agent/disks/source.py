@@ -107,10 +107,13 @@ class DepartingDisks(SourceCompanion):
         return [move for move in moves_of(self._handoff.record) if move.strategy == PULL]
 
     async def leaving(self) -> None:
-        """Gives disks that will be pulled their overlays, and exports what they are until now."""
+        """Gives disks that will be pulled their overlays, and exports what they are until now.
+
+        What an earlier life of the agent has exported stays where it is: the destination may know.
+        """
         moves = moves_of(self._handoff.record)
         pulled = [move for move in moves if move.strategy == PULL]
-        if not pulled:
+        if all(move.base_uri for move in pulled):
             return
         uuid, migration_id = self._handoff.record.domain_uuid, self._handoff.record.migration_id
         for move in pulled:

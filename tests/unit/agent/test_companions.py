@@ -65,6 +65,9 @@ class Recorder(SourceCompanion, DestinationCompanion, Companions):
     async def paused(self) -> None:
         await self._note("paused")
 
+    async def held_again(self) -> None:
+        await self._note("held_again")
+
     async def back(self) -> None:
         await self._note("back")
 
@@ -219,6 +222,24 @@ async def test_an_agent_restarted_in_the_pause_goes_on(
     assert (await upgrade.until(HELD)).state == HELD
     assert recorder.said.count("paused") == 2
     await finish(upgrade)
+
+
+@pytest.mark.parametrize("runs_again", [False, True], ids=["held", "runs-again"])
+async def test_a_restarted_agent_holds_what_does_not_run_again(
+    upgrade: Upgrade, recorder: Recorder, runs_again: bool
+) -> None:
+    """An abort runs the guest before it is on disk."""
+    await upgrade.advance(CPR, HELD)
+    if runs_again:
+        recorder.fails = {"back"}
+        with pytest.raises(HandoffError, match="back can't be done"):
+            await upgrade.handoffs.abort(upgrade.id, SOURCE, "the test says so")
+    await upgrade.restart()
+    if not runs_again:
+        await recorder.until("held_again")
+    await upgrade.abort()
+    assert ("held_again" in recorder.said) is not runs_again
+    await upgrade.is_only_in("a")
 
 
 @pytest.mark.parametrize("stage", [READY, HELD], ids=pb.HandoffState.Name)

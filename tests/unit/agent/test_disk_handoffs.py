@@ -17,6 +17,7 @@ from one_host import domains, remove_all
 from test_handoffs import LIMITS, MEMORY_MIB, Host, Move, frozen
 from test_mirror import Wire
 
+from handoff.agent.v1 import qemu_pb2 as pb
 from handoff_agent.companions import SourceCompanion
 from handoff_agent.descriptors import Descriptor
 from handoff_agent.destination import DestinationHandoff
@@ -262,6 +263,41 @@ async def speed(move: Move) -> int:
     """What QEMU's mirror may go through, in bytes a second; 0: no bound."""
     (job,) = cast(list[dict[str, int]], await Monitor(move.source.slot, move.guest).execute("query-block-jobs"))
     return job["speed"]
+
+
+class Died(BaseException):
+    """The agent gets no further."""
+
+
+@pytest.mark.parametrize("formats", [("qcow2", "qcow2")], ids=["qcow2"])
+async def test_a_source_whose_agent_died_as_it_was_prepared_gives_its_disks(
+    move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, guest = await move.source.handoffs.prepare_source(move.id, move.guest, validate_only=True)
+    planned = await move.target.handoffs.prepare_destination(move.id, guest, "a", validate_only=True, fast=True)
+
+    async def prepare() -> tuple[pb.SourceGuest, list[str]]:
+        disks = planned.handoff.disks
+        handoff, guest = await move.source.handoffs.prepare_source(
+            move.id, move.guest, validate_only=False, disks=disks
+        )
+        return guest, [disk.base_uri for disk in handoff.disks]
+
+    async def dies(*_: object) -> None:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DepartingDisks, "_export_bases", dies)
+        with pytest.raises(Died):
+            await prepare()
+    await move.source.restart()
+    guest, given = await prepare()
+    assert all(given)
+    await move.target.handoffs.prepare_destination(move.id, guest, "a", validate_only=False, fast=True)
+    await move.source.restart()
+    assert (await prepare())[1] == given
+    await move.abort()
+    assert nothing_left(move)
 
 
 @pytest.mark.parametrize("formats", [("qcow2", "raw")], ids=["qcow2-raw"])

@@ -2,9 +2,12 @@
 
 import asyncio
 
+import pytest
+
 from handoff_agent.handoff import Handoff
 from handoff_agent.ledger import Record
-from handoff_agent.rules import HELD, SOURCE, SWITCHING
+from handoff_agent.rules import ACTIVE, DESTINATION, HELD, PREPARED, SOURCE, SWITCHING
+from handoff_common.errors import ExhaustedError
 
 
 async def test_nobody_hears_of_what_is_not_on_disk() -> None:
@@ -26,3 +29,16 @@ async def test_nobody_hears_of_what_is_not_on_disk() -> None:
     await changing
     assert (handoff.to_message().state, told) == (HELD, ["m"])
     assert change.is_set()
+
+
+async def test_what_cant_be_written_down_is_not_so() -> None:
+    """Else the call that is repeated would be answered as carried out, with the state before it."""
+    told: list[str] = []
+
+    async def save(record: Record) -> None:
+        raise ExhaustedError("no room")
+
+    handoff = Handoff(Record(migration_id="m", role=DESTINATION, state=PREPARED), save, told.append)
+    with pytest.raises(ExhaustedError):
+        await handoff.change(state=ACTIVE)
+    assert (handoff.state, handoff.to_message().state, told) == (PREPARED, PREPARED, [])

@@ -8,7 +8,7 @@ import functools
 import os
 import signal
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,7 @@ from handoff_agent.slots import Hypervisor, Slot
 from handoff_agent.survey import Survey
 from handoff_common.errors import (
     DeadlineError,
+    ExhaustedError,
     InvalidArgumentError,
     NotFoundError,
     PreconditionError,
@@ -309,20 +310,42 @@ async def test_a_pause_past_its_deadline_ends_with_the_guest_running_here(move: 
 
 async def test_a_hold_that_cant_be_written_down_is_none(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent's next life would not know of it."""
-    save = Ledger.save
-
-    def save_all_but_held(ledger: Ledger, record: Record) -> None:
-        if record.state == HELD:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        save(ledger, record)
-
-    monkeypatch.setattr(Ledger, "save", save_all_but_held)
+    monkeypatch.setattr(Ledger, "save", all_but(HELD))
     await move.advance(SWITCHING)
     failed = await move.until(HELD)
     assert failed.state == FAILED
     assert "can't be written down: Input/output error" in failed.message
     assert await move.is_running(move.source)
     await move.abort()
+
+
+@pytest.mark.parametrize("missed", [PREPARED, ACTIVE], ids=["order", "run"])
+async def test_an_activation_that_cant_be_written_down_is_repeated(
+    move: Move, monkeypatch: pytest.MonkeyPatch, missed: State
+) -> None:
+    await move.advance(HELD)
+    destination = move.target.handoffs.destination(move.id, Call.ACTIVATE)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "save", all_but(missed))
+        with pytest.raises(ExhaustedError, match="look at the agent's state_dir"):
+            await destination.activate()
+        assert destination.to_message().state == PREPARED
+        assert await move.is_running(move.target) is (missed == ACTIVE)
+    await destination.activate()
+    assert destination.to_message().state == ACTIVE
+    assert await move.is_running(move.target)
+
+
+def all_but(state: State) -> Callable[[Ledger, Record], None]:
+    """Ledger.save of a disk that does not take records in this state."""
+    save = Ledger.save
+
+    def save_others(ledger: Ledger, record: Record) -> None:
+        if record.state == state:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        save(ledger, record)
+
+    return save_others
 
 
 @contextlib.contextmanager

@@ -470,9 +470,10 @@ async def test_a_full_disk_stops_no_traffic_and_is_made_up_for(
             await here.leave(GUEST.domain_uuid, "10.21.0.3")
             assert place_of(here) == "10.21.0.3"
             assert Store(tmp_path).load() == (Told(), Moves())
-        await here.look()
         moves = Moves(leaving={GUEST.domain_uuid: "10.21.0.3"}, taps={"1001/52:54:00:30:00:0a": "vnet0"})
-        assert Store(tmp_path).load() == (told(GUEST, PEER), moves)
+        async with asyncio.timeout(5):  # the bridge's own look may have a last attempt at the full disk under way
+            while Store(tmp_path).load() != (told(GUEST, PEER), moves):
+                await here.look()
 
 
 async def test_a_bug_leaves_nobody_without_a_bridge(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import libvirt
 from builds import QEMU, Builds
+from ports import port
 from processes import incoming_qemu
 
 from handoff.agent.v1 import qemu_pb2 as pb
@@ -72,7 +73,7 @@ class Upgrade:
             self.hypervisor,
             Departures(self.hypervisor, inventory, survey, ()),
             Arrivals(survey, self.emulators, "127.0.0.1", DiskPlans("h1", "standard", Place(), ThreadPoolExecutor(1))),
-            Listener("127.0.0.1", 49432, 49440),
+            Listener("127.0.0.1", port(32), port(40)),
             LocalSockets(self.directory / "run", "root"),
             Ledger(self.directory),
             TermGuard(self.directory),

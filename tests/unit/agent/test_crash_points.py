@@ -19,6 +19,7 @@ import pytest
 from builds import QEMU, Builds
 from mortals import FENCE, Leader, MortalAgent, Runs
 from one_host import remove_all
+from ports import port
 from processes import incoming_qemu
 
 from handoff.agent.v1 import qemu_pb2 as pb
@@ -111,9 +112,9 @@ class Fleet:
         self.slots = {name: Slot(name, uri) for name, uri in zip("ab", uris, strict=True)}
         self.hypervisor = Hypervisor(list(self.slots.values()))
         first, second = uris
-        h1 = MortalAgent("h1", {"a": first}, builds, directory / "h1", 49448)
-        h2 = MortalAgent("h2", {"a": second}, builds, directory / "h2", 49464)
-        h3 = MortalAgent("h3", {"a": first, "b": second}, builds, directory / "h3", 49480)
+        h1 = MortalAgent("h1", {"a": first}, builds, directory / "h1", port(48))
+        h2 = MortalAgent("h2", {"a": second}, builds, directory / "h2", port(64))
+        h3 = MortalAgent("h3", {"a": first, "b": second}, builds, directory / "h3", port(80))
         self._sides = {way: (h3, h3) if way.is_local else (h1, h2) for way in Way}
         self._living: set[MortalAgent] = set()
         self._stack = contextlib.AsyncExitStack()

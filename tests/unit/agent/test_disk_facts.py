@@ -6,6 +6,7 @@ from pathlib import Path
 
 from builds import QEMU, Builds
 from one_host import remove_all
+from ports import port
 from test_handoffs import Host
 
 from handoff.agent.v1 import types_pb2 as types
@@ -23,7 +24,7 @@ def add_bitmap(path: Path, name: str) -> None:
 
 
 async def test_disks_on_every_bus(libvirtd: str, builds: Builds, tmp_path: Path) -> None:
-    host = Host("h1", libvirtd, builds, tmp_path / "1", 49400)
+    host = Host("h1", libvirtd, builds, tmp_path / "1", port(0))
     disks = "<disk type='file' device='cdrom'><target dev='sdd' bus='sata'/><readonly/></disk>"
     base, data = tmp_path / "base.qcow2", tmp_path / "data"
     make_image(base, 9)

@@ -14,6 +14,7 @@ import libvirt
 import pytest
 from builds import QEMU, Builds
 from one_host import domains, remove_all
+from ports import port
 from test_handoffs import LIMITS, MEMORY_MIB, Host, Move, frozen
 from test_mirror import Wire
 
@@ -90,8 +91,8 @@ async def move(
     make_image(folders[0] / f"a.{formats[0]}", formats[0])
     here = HostTypeSettings(folder=str(folders[0]))
     there = HostTypeSettings(folder=str(folders[1]), format=formats[1])
-    source = Host("h1", libvirtd, builds, directory / "1", 49400, here)
-    target = Host("h2", other_libvirtd, builds, directory / "2", 49416, there)
+    source = Host("h1", libvirtd, builds, directory / "1", port(0), here)
+    target = Host("h2", other_libvirtd, builds, directory / "2", port(16), there)
     identity, name = str(uuid.uuid4()), f"g-{uuid.uuid4().hex[:6]}"
     xml = f"""<domain type='qemu'><name>{name}</name><uuid>{identity}</uuid><memory unit='MiB'>{MEMORY_MIB}</memory>
     <vcpu>1</vcpu><os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features><devices>

@@ -17,6 +17,7 @@ import libvirt
 import pytest
 from builds import QEMU, Builds
 from one_host import remove_all
+from ports import port
 from processes import find_process, incoming_qemu
 
 from handoff.agent.v1 import qemu_pb2 as pb
@@ -210,8 +211,8 @@ class Move:
 
 @pytest.fixture
 async def hosts(libvirtd: str, other_libvirtd: str, builds: Builds, tmp_path: Path) -> AsyncIterator[tuple[Host, Host]]:
-    one = Host("h1", libvirtd, builds, tmp_path / "1", 49400)
-    two = Host("h2", other_libvirtd, builds, tmp_path / "2", 49416)
+    one = Host("h1", libvirtd, builds, tmp_path / "1", port(0))
+    two = Host("h2", other_libvirtd, builds, tmp_path / "2", port(16))
     async with one.running(), two.running():
         yield one, two
 

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from ports import port
 
 from handoff_agent.disks import images
 from handoff_agent.disks.mirror import JobInfo, Mirror
@@ -24,7 +25,7 @@ PREFIX = os.environ.get("HANDOFF_PREFIX", "/opt/handoff")
 EMULATORS = {"10.0": f"{PREFIX}/qemu-10.0/bin/qemu-system-x86_64", "7.2": "/usr/bin/qemu-system-x86_64"}
 MIB = 1 << 20
 SIZE_MIB, DATA_MIB, ZEROS_MIB = 192, 16, 48
-ADDRESS = Address("127.0.0.1", 49500, 49507)
+ADDRESS = Address("127.0.0.1", port(100), port(107))
 
 
 class Qemu:
@@ -253,9 +254,9 @@ async def test_a_daemon_is_found_again_and_its_port_is_its_own(tmp_path: Path, d
     images.create(str(path), "raw", MIB)
     binary = find_binary(EMULATORS["10.0"])
     export = Export("a", str(path), "raw", writable=False)
-    only = Address("127.0.0.1", 49508, 49508)
+    only = Address("127.0.0.1", port(108), port(108))
     uris = await daemon.start(binary, [export], only)
-    assert uris == {"a": "nbd://127.0.0.1:49508/a"}
+    assert uris == {"a": f"nbd://127.0.0.1:{port(108)}/a"}
     again = StorageDaemon(tmp_path / "run" / "m1" / "images", ThreadPoolExecutor(1))
     assert again.pid == daemon.pid is not None
     other = StorageDaemon(tmp_path / "run" / "m2" / "images", ThreadPoolExecutor(1))

@@ -16,6 +16,7 @@ import structlog
 from lxml import etree
 
 from handoff_agent.builds import Build, choose_build
+from handoff_agent.children import WITH_US
 from handoff_agent.monitor import Json
 from handoff_agent.settings import EmulatorSettings
 from handoff_common.errors import HandoffError, UnavailableError
@@ -32,8 +33,6 @@ CAPABILITIES_TIMEOUT_S: Final = 40.0
 _VIRTUALISATION_TYPES: Final = ("kvm", "qemu")
 _CPR_MODE: Final = "cpr-transfer"
 _CPR_OPTION: Final = "aux-ram-share"
-# QEMU outlives its monitor: one that is being asked must not outlive an agent that is killed.
-_WITH_US: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 # A QEMU without a machine, asked what it knows.
 _ASKED: Final = ("-machine", "none", "-display", "none", "-nodefaults", "-no-user-config", "-qmp", "stdio")
 _QUESTIONS: Final = b"""{"execute": "qmp_capabilities"}
@@ -204,7 +203,7 @@ async def _output(*command: str) -> str:
 async def _started(*command: str, stdin: int) -> AsyncIterator[asyncio.subprocess.Process]:
     """A process that is gone afterwards. Raises UnavailableError when the context takes more than PROBE_TIMEOUT_S."""
     process = await asyncio.create_subprocess_exec(
-        *_WITH_US,
+        *WITH_US,  # a QEMU outlives its monitor
         *command,
         stdin=stdin,
         stdout=asyncio.subprocess.PIPE,

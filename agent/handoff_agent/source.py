@@ -110,13 +110,16 @@ class SourceHandoff(Handoff):
         async with self.lock:
             if self._is_prepared or self.state != PREPARED:
                 return
+            failed = ""
             try:
                 if self.record.autostart:
                     # Its host, when it is started again, must not run what is held.
+                    failed = "autostart could not be turned off: "
                     await self._slot.on_domain(self.record.domain_uuid, lambda domain: domain.setAutostart(0))
+                    failed = ""
                 await together(companion.leaving() for companion in self.companions)
             except HandoffError as error:
-                await self.change(state=FAILED, message=error.message)
+                await self.change(state=FAILED, message=f"{failed}{error.message}")
                 raise
             self._is_prepared = True
 

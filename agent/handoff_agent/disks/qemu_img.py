@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Final, cast
 
+from handoff_agent.children import WITH_US
 from handoff_common.errors import UnavailableError
 
 INFO_TIMEOUT_S: Final = 10.0
@@ -31,13 +32,15 @@ async def is_flat(path: str) -> bool:
 
 
 async def qemu_img(*arguments: str, on_progress: Callable[[float], None] | None = None) -> str:
-    """Runs it for as long as it takes; it is killed when the caller is cancelled. Raises UnavailableError.
+    """Runs it for as long as it takes; it is killed when the caller is cancelled, or dies. Raises UnavailableError.
+
+    One that was left would have the image locked, and nobody would hear how far it is.
 
     `on_progress`: hears the percentage that is done, of a command with -p.
     """
     try:
         process = await asyncio.create_subprocess_exec(
-            *("qemu-img", *arguments),
+            *(*WITH_US, "qemu-img", *arguments),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -2,10 +2,7 @@
 
 import asyncio
 import os
-import select
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -138,20 +135,3 @@ async def test_cpr_is_asked() -> None:
     assert {build.name: build.cpr for build in found.builds} == {
         each.name: each.version >= (10, 0) for each in releases
     }
-
-
-def test_a_build_that_is_being_asked_ends_with_the_agent(tmp_path: Path) -> None:
-    told = tmp_path / "pid"
-    os.mkfifo(told)
-    hangs = script(tmp_path / "hangs", f"#!/bin/sh\necho $$ >{told}\nexec sleep 600\n")
-    asks = (
-        "import asyncio, sys; from handoff_agent.emulators import Emulators; from handoff_agent.settings import"
-        " EmulatorSettings as S; asyncio.run(Emulators([S(name='a', path=sys.argv[1])]).probe())"
-    )
-    with subprocess.Popen([sys.executable, "-c", asks, hangs.path]) as agent:
-        build = os.pidfd_open(int(told.read_text()))
-        agent.kill()
-    try:
-        assert select.select([build], [], [], 10)[0]
-    finally:
-        os.close(build)

@@ -1,0 +1,6 @@
+"""Processes of the agent that must not outlive it, for the next one would not know of them."""
+
+from typing import Final
+
+# Before a command: it is killed when the thread ends that started it, the event loop's.
+WITH_US: Final = ("setpriv", "--pdeathsig", "KILL", "--")

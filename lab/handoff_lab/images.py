@@ -1,12 +1,13 @@
 """Makes the images of a guest's disks: sparse, with as much data and as many written zeros as was asked for."""
 
+import contextlib
 import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from handoff_lab.errors import LabError
-from handoff_lab.nbd import connect_unix
+from handoff_lab.nbd import NbdClient, connect_unix
 from handoff_lab.node import base_environment, wait_for
 from handoff_lab.pattern import MIB, Content, Pattern
 
@@ -60,8 +61,7 @@ def _fill_through_nbd(path: Path, image_format: str, pattern: Pattern) -> None:
         command = ["qemu-nbd", "-f", image_format, "--cache=unsafe", "-k", str(socket), str(path)]
         server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=base_environment())
         try:
-            wait_for(lambda: socket.exists() or server.poll() is not None, READY_S, "an NBD server for the new image")
-            with connect_unix(str(socket), "", REQUEST_S) as client:
+            with _connected(str(socket), server) as client:
                 _fill(pattern, client.write)
             # Its last client is gone: it ends by itself, after it has written everything.
             server.wait(DEADLINE_S)
@@ -72,6 +72,19 @@ def _fill_through_nbd(path: Path, image_format: str, pattern: Pattern) -> None:
             _, complaint = server.communicate()
         if server.returncode != 0:
             raise LabError(f"{path} could not be filled: {complaint.strip()}")
+
+
+def _connected(path: str, server: subprocess.Popen[str]) -> NbdClient:
+    clients: list[NbdClient] = []
+
+    def connect() -> bool:
+        # The socket's file is there a moment before it listens.
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            clients.append(connect_unix(path, "", REQUEST_S))
+        return bool(clients) or server.poll() is not None
+
+    wait_for(connect, READY_S, "an NBD server for the new image")
+    return clients[0] if clients else connect_unix(path, "", REQUEST_S)
 
 
 def _run(command: list[str], directory: Path) -> None:

@@ -1,5 +1,6 @@
 """A real libvirtd of the tests' own, in a private mount namespace."""
 
+import socket
 import subprocess
 import time
 import uuid
@@ -45,15 +46,26 @@ def running_libvirtd(root: Path) -> Iterator[str]:
     # It ends with the test run, also one that is killed.
     alone = ("setpriv", "--pdeathsig", "KILL", "unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc")
     daemon = subprocess.Popen([*alone, "bash", "-c", script], stdin=subprocess.DEVNULL)
-    socket = root / "run" / "libvirt-sock"
-    uri = f"qemu+unix:///system?socket={socket}"
+    path = root / "run" / "libvirt-sock"
+    uri = f"qemu+unix:///system?socket={path}"
     try:
         deadline = time.monotonic() + 30
-        while not socket.exists() and time.monotonic() < deadline:
+        while not _accepts(path):
             assert daemon.poll() is None, "libvirtd ended"
+            assert time.monotonic() < deadline, "libvirtd does not listen"
             time.sleep(0.05)
         start_libvirt_loop()
         yield uri
     finally:
         daemon.kill()  # its namespace ends with it, and every QEMU
         daemon.wait(20)
+
+
+def _accepts(path: Path) -> bool:
+    """Its file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True

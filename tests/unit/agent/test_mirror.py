@@ -18,6 +18,7 @@ from handoff_agent.disks.mirror import JobInfo, Mirror
 from handoff_agent.disks.nodes import parse_node
 from handoff_agent.disks.storage_daemon import Address, Export, StorageDaemon, find_binary
 from handoff_agent.disks.uris import ExportUri, parse_uri
+from handoff_agent.local_sockets import listens
 from handoff_agent.monitor import Json, QmpError
 from handoff_common.errors import ExhaustedError, InvalidArgumentError, PreconditionError
 
@@ -62,7 +63,7 @@ async def source_qemu(binary: str, path: Path, image_format: str) -> AsyncIterat
     )
     try:
         async with asyncio.timeout(20):
-            while not socket.is_socket():  # noqa: ASYNC110 - a file system has no event for it
+            while not listens(str(socket)):  # noqa: ASYNC110 - a file system has no event for it
                 await asyncio.sleep(0.01)
         reader, writer = await asyncio.open_unix_connection(str(socket), limit=1 << 22)
         qemu = Qemu(reader, writer)
@@ -229,7 +230,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("to_format", ["raw", "qcow2"])
 @pytest.mark.parametrize("write_blocking", [False, True], ids=["background", "write-blocking"])
 async def test_a_destination_that_gets_full_is_told_and_the_source_does_not_care(
-    tmp_path: Path, daemon: StorageDaemon, small_disk: Path, to_format: str, *, write_blocking: bool
+    tmp_path: Path, small_disk: Path, daemon: StorageDaemon, to_format: str, *, write_blocking: bool
 ) -> None:
     source, target = tmp_path / "source.raw", small_disk / "target"
     make_image(source, "raw")

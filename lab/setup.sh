@@ -149,6 +149,15 @@ install_probe() {
   gcc -std=gnu17 -O2 -Wall -Wextra -Werror -o "$target" "$here/probe/probe.c"
 }
 
+install_switch_room() {
+  local target=$prefix/lib/handoff-switch-room.so
+  [ "$target" -nt "$here/ovs/room.c" ] && return 0
+  mkdir -p "$prefix/lib"
+  # Switches that run have the old one mapped: they keep it.
+  gcc -std=gnu17 -O2 -Wall -Wextra -Werror -D_GNU_SOURCE -shared -fPIC -o "$target.new" "$here/ovs/room.c"
+  mv "$target.new" "$target"
+}
+
 install_python() {
   local uv
   if ! uv=$(command -v uv); then
@@ -171,5 +180,6 @@ install_packages
 install_qemu
 install_guest
 install_probe
+install_switch_room
 install_python
 say "done: QEMU and the guest are in $prefix"

@@ -217,7 +217,7 @@ def require_root() -> None:
 
 def require_set_up(lab: Lab) -> None:
     """Raises LabError when something that setup installs is missing."""
-    needed = [lab.releases_file, lab.guest_kernel, lab.guest_initrd, lab.probe_program]
+    needed = [lab.releases_file, lab.guest_kernel, lab.guest_initrd, lab.probe_program, lab.switch_room]
     missing = [str(path) for path in needed if not path.exists()]
     missing += [
         name for name in ("libvirtd", "virsh", "ovs-vswitchd", "etcd", "qemu-img") if shutil.which(name) is None

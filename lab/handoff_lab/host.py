@@ -137,6 +137,7 @@ class Host:
                     *("ovs-vswitchd", "unix:/run/openvswitch/db.sock", "--disable-system", "--pidfile"),
                     *("--log-file=/var/log/openvswitch/ovs-vswitchd.log", *ovs),
                 ),
+                environment={"LD_PRELOAD": str(self.lab.switch_room)},
             ),
             Daemon(
                 self.node,

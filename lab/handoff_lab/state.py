@@ -178,6 +178,11 @@ class Lab:
         """The UDP probe, see probe.py."""
         return self.prefix / "bin/handoff-probe"
 
+    @property
+    def switch_room(self) -> Path:
+        """What gives Open vSwitch's packet sockets room, see lab/ovs/room.c."""
+        return self.prefix / "lib/handoff-switch-room.so"
+
     def agent_socket(self, host: str) -> Path:
         """The gRPC socket of a host's agent, at this path inside and outside of the host."""
         return self.node(host) / "run/agent.sock"

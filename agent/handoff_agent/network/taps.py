@@ -17,9 +17,11 @@ from handoff_common.errors import HandoffError
 
 log = structlog.get_logger()
 
-# QEMU reads within a millisecond or two, later where processors are scarce. The guest runs meanwhile.
-DRAIN_TIMEOUT_S: Final = 0.03
+# QEMU reads within a millisecond or two, much later where processors are scarce. The guest runs meanwhile, and what is
+# for it waits at its destination: that costs less than what would be lost.
+DRAIN_TIMEOUT_S: Final = 0.25
 DRAIN_POLL_S: Final = 0.001
+DRAIN_POLLS: Final = 2
 
 
 class Taps:
@@ -66,27 +68,35 @@ class Taps:
     async def drain(self, key: Key) -> bool:
         """Waits until QEMU has read what is in the port's tap, to which no frames go any more; False if it does not.
 
-        A frame that is nobody's goes in last. QEMU reads all there is in one go, so the tap is empty once the count of
-        frames read has moved, and stands still.
+        A frame that is nobody's goes in last; QEMU has come to it once the count of frames read has moved, and stands
+        still. If it has read more than that one, there may be more: QEMU pauses within a long queue, and Open vSwitch
+        sends some frames after those that its flows have turned away, out of its cache. Then it is tried again.
         """
         name, tap = self._taps.get(key, ""), self.of(key)
         if tap is None:
             return True
         try:
-            before = last = plumbing.frames_read(name)
-            self._bridge.send((Output(tap.ofport),), NOBODYS_FRAME)
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
-                while True:
-                    await asyncio.sleep(DRAIN_POLL_S)
-                    now = plumbing.frames_read(name)
-                    if now == last != before:
-                        return True
-                    last = now
+                while await self._read_until_nobodys(name, tap) > 1:
+                    pass
+                return True
         except TimeoutError:
             return False
         except OSError as error:
             log.warning("it can't be seen what is in a tap", tap=name, error=str(error))
             return False
+
+    async def _read_until_nobodys(self, name: str, tap: Tap) -> int:
+        """Puts a frame that is nobody's into a tap; returns how many QEMU has read when it reads no more."""
+        before = last = plumbing.frames_read(name)
+        self._bridge.send((Output(tap.ofport),), NOBODYS_FRAME)
+        still = 0
+        while still < DRAIN_POLLS:
+            await asyncio.sleep(DRAIN_POLL_S)
+            now = plumbing.frames_read(name)
+            still = still + 1 if now == last != before else 0
+            last = now
+        return last - before
 
     def take_over(self, key: Key) -> None:
         """The new tap is the port's tap."""

@@ -32,6 +32,10 @@ class Wire:
         assert tap == "vnet0"
         return self._counts.pop(0) if len(self._counts) > 1 else self._counts[0]
 
+    @property
+    def is_over(self) -> bool:
+        return len(self._counts) == 1
+
 
 def taps_of(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Taps:
     monkeypatch.setattr(plumbing, "frames_read", wire.count)
@@ -41,12 +45,28 @@ def taps_of(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Taps:
     return taps
 
 
-async def test_it_is_empty_once_the_count_has_moved_and_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("counts", "tries"),
+    [
+        pytest.param((7, 7, 8, 8, 8), 1, id="nothing else was in it"),
+        pytest.param((7, 7, 7, 9, 10, 10, 10, 10, 11, 11, 11), 2, id="QEMU reads three, and nothing after them"),
+        pytest.param((7, 8, 8, 9, 9, 9, 9, 10, 10, 10), 2, id="one comes late, by what the switch had cached"),
+        pytest.param((7, 57, 57, 57, 57, 91, 91, 91, 91, 92, 92, 92), 3, id="QEMU pauses after each fifty"),
+    ],
+)
+async def test_it_is_empty_once_a_frame_of_ours_is_all_that_is_read(
+    counts: tuple[int, ...], tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(taps, "DRAIN_TIMEOUT_S", 10.0)
-    wire = Wire(7, 7, 7, 9, 10, 10)
+    wire = Wire(*counts)
     assert await taps_of(wire, monkeypatch).drain(KEY)
-    assert wire.sent == [NOBODYS_FRAME]
-    assert wire.count("vnet0") == 10
+    assert wire.sent == [NOBODYS_FRAME] * tries
+    assert wire.is_over
+
+
+async def test_one_that_is_never_empty_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taps, "DRAIN_TIMEOUT_S", 0.05)
+    assert not await taps_of(Wire(*range(0, 100_000, 2)), monkeypatch).drain(KEY)
 
 
 async def test_a_qemu_that_reads_nothing_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ LOCAL_FOLDERS = ("vms", "ssd", "ark")
 HOSTS_FROM = 200
 """Address of host N in the guests' networks: this and N."""
 OVS_DEADLINE_S = 15
+# As lab/ovs/room.c gives the sockets: Open vSwitch in user space may have to wait for a processor.
+SWITCH_QUEUE_PACKETS = 10_000
 
 LIBVIRTD_CONF = """\
 listen_tls = 0
@@ -326,7 +328,7 @@ ip link set br-int up
         number = HOSTS_FROM + self.index
         return "".join(
             f"""\
-ip link set {network.interface} mtu {MTU} address {network.own_mac(number)}
+ip link set {network.interface} mtu {MTU} address {network.own_mac(number)} txqueuelen {SWITCH_QUEUE_PACKETS}
 ip addr replace {network.address(number)}/24 dev {network.interface} metric {network.metric}
 ip link set {network.interface} up
 ethtool -K {network.interface} tx off >/dev/null

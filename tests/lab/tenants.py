@@ -47,11 +47,11 @@ async def ovs(fleet: Fleet, host: str, *command: str) -> str:
 
 
 @asynccontextmanager
-async def probed(subject: Subject, *nodes: str) -> AsyncIterator[list[UdpProbe]]:
+async def probed(subject: Subject, *nodes: str, interval_ms: int = INTERVAL_MS) -> AsyncIterator[list[UdpProbe]]:
     """Datagrams from all of these nodes. As many as busy cores can carry: the bench sends one each millisecond."""
     fleet = subject.fleet
     probes = [
-        UdpProbe(fleet.lab, fleet.node(node), subject.record.ip, INTERVAL_MS * 1000, interface=RED.interface)
+        UdpProbe(fleet.lab, fleet.node(node), subject.record.ip, interval_ms * 1000, interface=RED.interface)
         for node in nodes
     ]
     try:

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.lab
 SWITCH_DEADLINE_S = 1
 TRIES = 30
 BESIDE_S = 0.1
+STANDSTILL_S = 0.3
 ALL_PROTOCOLS = 3
 LOUD_S = 0.005
 
@@ -212,6 +213,22 @@ async def test_an_agent_that_dies_cuts_nobody_off_and_a_switch_that_does_is_fill
     assert after_s < 2
     flows = await ovs(fleet, "h1", "ovs-ofctl", "-O", "OpenFlow14", "dump-flows", "br-int", OURS)
     assert flows.count("cookie=0x48ff") == before
+
+
+@pytest.mark.parametrize("host", ["h1", OBSERVER])
+async def test_a_switch_that_gets_no_processor_for_a_moment_loses_nothing(
+    host: str, tenant: Subject, fleet: Fleet
+) -> None:
+    """Of the lab's: in user space, and no faster than its machine. What it loses would be counted as a move's."""
+    switch = fleet.daemon(host, "ovs-vswitchd")
+    async with probed(tenant, OBSERVER, GATEWAY, interval_ms=1) as probes:
+        await asyncio.sleep(BESIDE_S)
+        switch.signal(signal.SIGSTOP)
+        await asyncio.sleep(STANDSTILL_S)
+        switch.signal(signal.SIGCONT)
+        await asyncio.sleep(STANDSTILL_S)
+    must_be_whole(probes)
+    assert probes[0].result().longest_gap_ms >= STANDSTILL_S * 1000 - INTERVAL_MS
 
 
 async def test_a_pause_that_is_broken_off_turns_the_frames_back(tenant: Subject, fleet: Fleet) -> None:

@@ -215,12 +215,9 @@ async def test_an_agent_that_dies_cuts_nobody_off_and_a_switch_that_does_is_fill
     assert flows.count("cookie=0x48ff") == before
 
 
-@pytest.mark.parametrize("host", ["h1", OBSERVER])
-async def test_a_switch_that_gets_no_processor_for_a_moment_loses_nothing(
-    host: str, tenant: Subject, fleet: Fleet
-) -> None:
+async def test_a_switch_that_gets_no_processor_for_a_moment_loses_nothing(tenant: Subject, fleet: Fleet) -> None:
     """Of the lab's: in user space, and no faster than its machine. What it loses would be counted as a move's."""
-    switch = fleet.daemon(host, "ovs-vswitchd")
+    switch = fleet.daemon("h1", "ovs-vswitchd")
     async with probed(tenant, OBSERVER, GATEWAY, interval_ms=1) as probes:
         await asyncio.sleep(BESIDE_S)
         switch.signal(signal.SIGSTOP)

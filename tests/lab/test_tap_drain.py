@@ -29,8 +29,8 @@ TAP = "drain0"
 KEY = Key(1001, "52:54:00:40:00:c7")
 WAITING = 120
 
-# Reads a tap as QEMU does: at most fifty frames at a time. What else QEMU has to do takes 5 ms here. Says how many are left
-# when it is told to stop.
+# Reads a tap as QEMU does: at most fifty frames at a time. What else QEMU has to do takes 5 ms here. Says how many are
+# left when it is told to stop.
 QEMU = """
 import fcntl, os, select, struct, sys
 tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
@@ -74,6 +74,11 @@ class SlowQemu:
         assert self._process.stdin is not None
         self._process.stdin.write(b"\n")
 
+    async def ends(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        await self._process.wait()
+
 
 @asynccontextmanager
 async def plugged(fleet: Fleet) -> AsyncIterator[tuple[SlowQemu, OpenFlowConnection, int]]:
@@ -98,8 +103,7 @@ async def plugged(fleet: Fleet) -> AsyncIterator[tuple[SlowQemu, OpenFlowConnect
             await asyncio.wait({reading})
     finally:
         await asyncio.to_thread(node.run, ["ovs-vsctl", "--if-exists", "del-port", TAP])
-        process.kill()
-        await process.wait()
+        await qemu.ends()
 
 
 async def test_a_guest_is_not_stopped_before_its_tap_is_empty(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

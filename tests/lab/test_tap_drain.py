@@ -29,26 +29,29 @@ TAP = "drain0"
 KEY = Key(1001, "52:54:00:40:00:c7")
 WAITING = 120
 
-# Reads a tap as QEMU does: at most fifty frames at a time. What else QEMU has to do takes 5 ms here. Says how many are
-# left when it is told to stop.
+GUESTS_FRAME = NOBODYS_FRAME[:-1] + b"\x01"
+
+# Reads a tap as QEMU does: at most fifty frames at a time. What else QEMU has to do takes 5 ms here. Says how many of
+# the guest's are left when it is told to stop.
 QEMU = """
 import fcntl, os, select, struct, sys
 tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
 fcntl.ioctl(tap, 0x400454CA, struct.pack("16sH22x", sys.argv[1].encode(), 0x1002))
 
 def read(most):
-    for count in range(most):
+    frames = []
+    while len(frames) < most:
         try:
-            os.read(tap, 2000)
+            frames.append(os.read(tap, 2000))
         except BlockingIOError:
-            return count
-    return most
+            break
+    return frames
 
 print("plugged", flush=True)
 sys.stdin.readline()
 while not select.select([sys.stdin], [], [], 0.005)[0]:
     read(50)
-print(read(1_000_000), flush=True)
+print(read(1_000_000).count(bytes.fromhex(sys.argv[2])), flush=True)
 """
 
 
@@ -84,7 +87,7 @@ class SlowQemu:
 async def plugged(fleet: Fleet) -> AsyncIterator[tuple[SlowQemu, OpenFlowConnection, int]]:
     """The tap on the host's bridge, its reader, the bridge, and the port's number."""
     node = fleet.node(HOST)
-    command = node.command([sys.executable, "-c", QEMU, TAP])
+    command = node.command([sys.executable, "-c", QEMU, TAP, GUESTS_FRAME.hex()])
     process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
     qemu = SlowQemu(process)
     bridge = fleet.lab.node(HOST) / "run/openvswitch/br-int.mgmt"
@@ -115,7 +118,7 @@ async def test_a_guest_is_not_stopped_before_its_tap_is_empty(fleet: Fleet, monk
         taps = Taps(settings, "", cast(OvsPorts, None), cast(Bridge, Switch(connection, ofport)))
         taps.bind({f"{KEY.tunnel}/{KEY.mac}": TAP})
         for _ in range(WAITING):
-            connection.send((Output(ofport),), NOBODYS_FRAME)
+            connection.send((Output(ofport),), GUESTS_FRAME)
         qemu.told()
         is_empty = await taps.drain(KEY)
         qemu.told()

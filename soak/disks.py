@@ -74,12 +74,16 @@ def left(scene: Scene, host: Host, keepers: Collection[str]) -> list[str]:
 
 
 def images(host: Host, guest: str) -> set[str]:
-    """Whatever there is of a guest in the folders of local disks, overlays too, by its path inside of the host."""
+    """Whatever there is of a guest in the folders of local disks, overlays too, by its path inside of the host.
+
+    Also the marks of images that came here, whose guest they don't tell.
+    """
     folders = {f"/srv/{folder}": host.directory / folder for folder in LOCAL_FOLDERS}
     return {
         str(Path(inside) / path.relative_to(outside))
         for inside, outside in folders.items()
-        for path in outside.rglob(f"{guest}-vd*")
+        for pattern in (f"{guest}-vd*", ".handoff-*")
+        for path in outside.rglob(pattern)
         if path.is_file()
     }
 

@@ -48,7 +48,6 @@ class Changes(TypedDict, total=False):
     running_s: float
     call_to_running_ms: float
     disks: tuple[str, ...]
-    images: tuple[str, ...]
     pulling: bool
     keep_disks: bool
 

@@ -71,8 +71,6 @@ class Record:
 
     disks: tuple[str, ...] = ()
     """The plan for its disks: DiskMove messages as JSON; see disks/moves.py."""
-    images: tuple[str, ...] = ()
-    """Destination: paths of the images that were made for it, which go when the handoff is undone."""
     pulling: bool = False
     """Destination: some disk still needs the source's."""
     keep_disks: bool = False

@@ -87,6 +87,8 @@ class ArrivingDisks(DestinationCompanion):
         """The images are the guest's: nothing of them is ours to remove, or to pull, any more."""
         await self._stop_pulling()
         await self._daemon.stop()
+        for move in self._moved():
+            await self._blocking(partial(images.remove, self._mark(move)))
 
     async def undo(self) -> None:
         """Closes the exports and removes the images that were made; and the definition, if the guest ran here."""
@@ -95,9 +97,8 @@ class ArrivingDisks(DestinationCompanion):
         if self._handoff.record.pulling and self._handoff.record.activating:
             await undefine(self._slot, self._handoff.record.domain_uuid)
         await self._daemon.stop()
-        for path in self._handoff.record.images:
-            await self._blocking(partial(images.remove, path))
-        await self._handoff.change(images=())
+        for move in self._moved():
+            await self._blocking(partial(images.remove_marked, self._mark(move), move.path))
 
     async def _keep_flushed(self, paths: Sequence[str]) -> None:
         """QEMU flushes the copies in the pause: what is on disk by then makes it shorter."""
@@ -134,17 +135,24 @@ class ArrivingDisks(DestinationCompanion):
         self._handoff.log.info("disks are complete here")
 
     async def _make(self, move: pb.DiskMove) -> None:
-        make = partial(
+        mark = self._mark(move)
+        create = partial(
             images.create,
-            move.path,
+            mark,
             move.format,
             move.virtual_size_bytes,
             owner=self._settings.owner,
             cluster_bytes=move.cluster_bytes,
             base_uri=move.base_uri,
         )
-        await self._blocking(make)
-        await self._handoff.change(images=(*self._handoff.record.images, move.path))
+        await self._blocking(create)
+        await self._blocking(partial(images.give_name, mark, move.path))
+
+    def _moved(self) -> Sequence[pb.DiskMove]:
+        return [move for move in moves_of(self._handoff.record) if move.strategy in MOVED]
+
+    def _mark(self, move: pb.DiskMove) -> str:
+        return images.mark_of(move.path, self._handoff.record.migration_id, move.target)
 
     def _name(self, move: pb.DiskMove) -> str:
         return f"{self._handoff.record.migration_id}-{move.target}"

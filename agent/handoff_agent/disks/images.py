@@ -1,4 +1,13 @@
-"""Image files of this host: looked at, made, removed. Blocking: call it on a thread."""
+"""Image files of this host: looked at, made, removed. Blocking: call it on a thread.
+
+An image for a guest that comes is made under a hidden name, its mark, and then linked to its own:
+
+    create(mark), give_name(mark, path)
+    remove(mark)                          the guest stays
+    remove_marked(mark, path)             it does not
+
+Whenever an agent dies in between, the mark tells the next one what it has made, and whether a file at the path is that.
+"""
 
 import contextlib
 import errno
@@ -15,11 +24,17 @@ from handoff_common.errors import ExhaustedError, HandoffError, PreconditionErro
 TOOL_TIMEOUT_S: Final = 20.0
 _OWNER_ONLY: Final = 0o600
 _BLOCK_BYTES: Final = 512
+_NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def look(paths: Sequence[str]) -> dict[str, PathFacts]:
     """What is at each path."""
     return {path: _look_at(Path(path)) for path in paths}
+
+
+def mark_of(path: str, migration_id: str, target: str) -> str:
+    """The hidden name beside `path` by which an image is known as made for this disk of this migration. Pure."""
+    return str(Path(path).with_name(f".handoff-{migration_id}-{target}"))
 
 
 def create(
@@ -31,19 +46,21 @@ def create(
     left as it is, or it can't be made; nothing is left of it then. Raises ExhaustedError when the disk is full.
     """
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _OWNER_ONLY))
+        image = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, _OWNER_ONLY)
     except FileExistsError:
-        raise PreconditionError(f"{path} exists; remove it, or rename it") from None
+        raise _exists(path) from None
     except OSError as error:
         raise _failure(path, error) from None
     try:
         options = [f"cluster_size={cluster_bytes}"] if cluster_bytes and image_format == "qcow2" else []
         backing = ["-u", "-b", base_uri, "-F", "raw"] if base_uri else []
         chosen = ["-o", ",".join(options)] if options else []
-        _tool("qemu-img", "create", "-q", "-f", image_format, *chosen, *backing, path, str(size_bytes))
+        # Not by its name: a qemu-img that outlives the agent for a moment would make a file anew that was removed.
+        itself = f"/proc/self/fd/{image}"
+        _tool("qemu-img", "create", "-q", "-f", image_format, *chosen, *backing, itself, str(size_bytes), keep=image)
         if owner:
             user = pwd.getpwnam(owner)
-            os.chown(path, user.pw_uid, user.pw_gid)
+            os.fchown(image, user.pw_uid, user.pw_gid)
     except BaseException as error:
         remove(path)
         if isinstance(error, OSError):
@@ -53,6 +70,37 @@ def create(
                 f"no user {owner} on this host; set qemu_user in the agent's configuration"
             ) from None
         raise
+    finally:
+        os.close(image)
+
+
+def give_name(mark: str, path: str) -> None:
+    """Gives an image its name beside its mark; `remove_marked` finds by the mark whether the name is still its.
+
+    Raises PreconditionError when another file is at `path`, which is left as it is, or the file system has no links.
+    """
+    try:
+        os.link(mark, path)
+    except FileExistsError:
+        if not _are_one(mark, path):  # NFS says so too when the first answer was lost
+            raise _exists(path) from None
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            raise PreconditionError(f"{path}: its file system has no hard links, which images need") from None
+        raise _failure(path, error) from None
+
+
+def remove_marked(mark: str, path: str) -> None:
+    """Removes an image by both its names, as far as they are there; another file at `path` stays.
+
+    May be repeated, also when it was interrupted. Raises PreconditionError when it can't be done.
+    """
+    try:
+        if _are_one(mark, path):
+            Path(path).unlink(missing_ok=True)
+        Path(mark).unlink(missing_ok=True)  # last: without it nobody knows the other
+    except OSError as error:
+        raise _failure(path, error) from None
 
 
 def remove(path: str) -> None:
@@ -96,13 +144,28 @@ def _allocated_bytes(path: Path) -> int:
         return 0
 
 
-def _tool(*command: str) -> None:
+def _are_one(mark: str, path: str) -> bool:
+    """Whether both are there and the same file."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=False)
+        return os.path.samestat(os.lstat(mark), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _tool(*command: str, keep: int) -> None:
+    """`keep`: a descriptor that it has too."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=False, pass_fds=(keep,)
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise PreconditionError(f"{command[0]} could not be run: {error}") from None
     if done.returncode != 0:
         raise PreconditionError(f"{' '.join(command[:2])}: {done.stderr.strip()[-300:]}")
+
+
+def _exists(path: str) -> PreconditionError:
+    return PreconditionError(f"{path} exists; remove it, or rename it")
 
 
 def _failure(path: str, error: OSError) -> HandoffError:

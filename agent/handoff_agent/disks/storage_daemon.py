@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from handoff_agent.children import WITH_US
 from handoff_agent.disks.uris import ExportUri
 from handoff_agent.monitor import Json
 from handoff_common.errors import DeadlineError, ExhaustedError, PreconditionError
@@ -102,7 +103,8 @@ class StorageDaemon:
     def _start(self, binary: str, exports: Sequence[Export], address: Address, tls_credentials: str) -> dict[str, str]:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for port in _free_ports(address):
-            command = [binary, *self._arguments(exports, address.host, port, tls_credentials)]
+            # Until it has become a daemon: one that is not, and can't tell its starter, ends by itself.
+            command = [*WITH_US, binary, *self._arguments(exports, address.host, port, tls_credentials)]
             try:
                 done = subprocess.run(
                     command,

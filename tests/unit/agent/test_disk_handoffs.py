@@ -110,13 +110,20 @@ async def move(
 
 
 def images(move: Move) -> tuple[list[Path], list[Path]]:
-    one, two = (sorted(Path(host.settings.place_of_disks().folder).iterdir()) for host in (move.source, move.target))
+    """By their names; see `nothing_left` for their marks."""
+    one, two = (sorted(folder_of(host).glob("[!.]*")) for host in (move.source, move.target))
     return one, two
 
 
+def folder_of(host: Host) -> Path:
+    return Path(host.settings.place_of_disks().folder)
+
+
 def nothing_left(move: Move) -> bool:
-    """No storage daemon runs, and no folder of one is there."""
-    return not any(list((host.state_dir / "storage").glob("*")) for host in (move.source, move.target))
+    """No storage daemon runs, no folder of one is there, and no image is marked."""
+    return not any(
+        [*(host.state_dir / "storage").glob("*"), *folder_of(host).glob(".*")] for host in (move.source, move.target)
+    )
 
 
 async def left_in_qemu(host: Host, guest: str) -> list[str]:

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -268,30 +267,6 @@ async def test_a_daemon_is_found_again_and_its_port_is_its_own(tmp_path: Path, d
     with pytest.raises(PreconditionError, match="qemu-storage-daemon"):
         await other.start(binary, [Export("b", str(tmp_path / "none"), "raw", writable=False)], ADDRESS)
     assert not list((tmp_path / "run").iterdir())
-
-
-def test_images(tmp_path: Path) -> None:
-    path = tmp_path / "a.qcow2"
-    images.create(str(path), "qcow2", 3 * MIB, owner="root", cluster_bytes=4096)
-    told = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", str(path)]))
-    assert (told["virtual-size"], told["cluster-size"]) == (3 * MIB, 4096)
-    with pytest.raises(PreconditionError, match="exists"):
-        images.create(str(path), "raw", MIB)
-    assert path.stat().st_size > 0
-    with pytest.raises(PreconditionError, match="no user nobody-at-all"):
-        images.create(str(tmp_path / "b"), "raw", MIB, owner="nobody-at-all")
-    with pytest.raises(PreconditionError, match="No such file"):
-        images.create(str(tmp_path / "no" / "b"), "raw", MIB)
-    assert [one.name for one in tmp_path.iterdir()] == ["a.qcow2"]
-    found = images.look([str(path), str(tmp_path / "b"), str(tmp_path / "no" / "b")])
-    assert [(facts.exists, facts.folder_exists) for facts in found.values()] == [
-        (True, True),
-        (False, True),
-        (False, False),
-    ]
-    assert 0 < found[str(path)].free_bytes < shutil.disk_usage(tmp_path).total
-    images.remove(str(path))
-    images.remove(str(path))
 
 
 def test_nodes_and_uris_are_read() -> None:

@@ -1,10 +1,14 @@
-"""The real agent, killed at a write of its ledger: `mortal_agent.py CONFIG`, which begins when a line comes in.
+"""The real agent, killed at a write of its ledger, or at a work on disks: `mortal_agent.py CONFIG`.
+
+It begins when a line comes in.
 
 The file `dies-at` in its state_dir names the write, such as "source HELD.1 before": the first record of a source that
 is HELD, before it is on disk. It is gone when the agent dies, so the next life goes on.
 
 Before: everything is done that does not wait for this write, as on a slow disk, and then the agent dies without it.
 After: it dies as soon as the record is on disk.
+
+Works on disks are named in the same way, such as "destination image-named.1 before"; see WORKS.
 
 With "fails-then" there, its next life can't do what follows a guest's pause, as one without its bridge.
 
@@ -17,13 +21,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import pytest
 
 from handoff_agent import main as agent
 from handoff_agent.companions import AllCompanions, NoCompanions, SourceCompanion
+from handoff_agent.disks import images
+from handoff_agent.disks.storage_daemon import StorageDaemon
 from handoff_agent.emulators import Emulators
 from handoff_agent.handoff import Handoff
 from handoff_agent.ledger import Ledger, Record
@@ -35,6 +42,19 @@ from handoff_common.errors import UnavailableError
 
 # Longer than anything takes that is done meanwhile: orders to QEMU, and what a leader does that hears too early.
 SLOW_DISK_S = 0.3
+WORKS: Mapping[str, tuple[object, str]] = {
+    "image-made": (images, "create"),
+    "image-filled": (images, "_tool"),
+    "image-named": (images, "give_name"),
+    "image-discarded": (images, "remove_marked"),
+    "image-removed": (images, "remove"),
+    "exports-begun": (StorageDaemon, "_start"),
+    "exports-ended": (StorageDaemon, "_stop"),
+}
+"""Functions by what they have done when they return."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class MortalLedger(Ledger):
@@ -47,8 +67,7 @@ class MortalLedger(Ledger):
 
     def save(self, record: Record) -> None:
         write = self._name(record)
-        fate = self._state_dir / "dies-at"
-        fated = fate.read_text() if fate.exists() else ""
+        fated = fate(self._state_dir)
         if fated == f"{write} before":
             time.sleep(SLOW_DISK_S)
             die(self._state_dir)
@@ -64,6 +83,34 @@ class MortalLedger(Ledger):
         count = count + 1 if before == state else 1
         self._last[record.migration_id, side] = state, count
         return f"{side} {state}.{count}"
+
+
+def mortal(folder: Path, name: str, work: Callable[P, T]) -> Callable[P, T]:
+    """Looks at each time that this work is done whether it is the last; counts from when the fate is known."""
+    done: dict[str, int] = {}
+
+    def do(*args: P.args, **kwargs: P.kwargs) -> T:
+        goal, _, moment = fate(folder).rpartition(" ")
+        kind, _, number = goal.partition(" ")[2].partition(".")
+        if kind == name:
+            done[goal] = done.get(goal, 0) + 1
+        is_last = kind == name and done[goal] == int(number)
+        if is_last and moment == "before":
+            die(folder)
+        result = work(*args, **kwargs)
+        if is_last:
+            die(folder)
+        return result
+
+    return do
+
+
+def fate(folder: Path) -> str:
+    """Where it dies; empty: nowhere."""
+    try:
+        return (folder / "dies-at").read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def die(folder: Path) -> None:
@@ -104,6 +151,8 @@ def main(config: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agent, "Ledger", MortalLedger)
         patch.setattr(agent, "Emulators", lambda *_: emulators)
+        for name, (owner, function) in WORKS.items():
+            patch.setattr(owner, function, mortal(settings.state_dir, name, getattr(owner, function)))
         bridges = Bridges(settings.state_dir / "fails")
         patch.setattr(agent, "AllCompanions", lambda *parts: AllCompanions(bridges, *parts))
         agent.main(["--config", str(config)])

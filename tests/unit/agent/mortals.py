@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mortal_agent
 from builds import Builds
+from processes import processes_with
 
 from handoff.agent.v1.qemu_pb2 import Handoff, HandoffRole, HandoffState, TransferProgress
 from handoff.agent.v1.types_pb2 import Fence
@@ -29,12 +30,15 @@ FENCE = Fence(term=1, leader="test")
 class MortalAgent:
     """The agent of a host, one life after the other. The next one waits with all that it imports."""
 
-    def __init__(self, name: str, slots: Mapping[str, str], builds: Builds, directory: Path, first_port: int) -> None:
-        """`slots`: URIs by name."""
+    def __init__(
+        self, name: str, slots: Mapping[str, str], builds: Builds, directory: Path, first_port: int, disks: str = ""
+    ) -> None:
+        """`slots`: URIs by name. `disks`: the format that local disks have here, if not the one that they had."""
         self.directory = directory
+        self.images = directory / "images"
         self.address = f"unix:{directory}/agent.sock"
         self._config = directory / "agent.toml"
-        directory.mkdir()
+        self.images.mkdir(parents=True)
         lines = [
             f'name = "{name}"',
             f'listen = ["{self.address}"]',
@@ -44,6 +48,7 @@ class MortalAgent:
             f'runtime_dir = "{directory}/run"',
             f'ovs_database = "unix:{directory}/no-ovs"',
             "memory_mib = 1024",
+            f'[host_types.standard]\nfolder = "{self.images}"\nformat = "{disks}"',
             *(f'[slots.{slot}]\nuri = "{uri}"' for slot, uri in slots.items()),
             *(f'[[emulators]]\nname = "{each}"\npath = "{builds.paths[each]}"' for each in ("old", "new")),
         ]
@@ -122,8 +127,14 @@ class MortalAgent:
             await agent.close()
 
     def leftovers(self) -> list[str]:
-        """Folders of upgrades and of storage daemons."""
-        return [str(found) for found in (self.directory / "run").glob("*/*")]
+        """Folders of upgrades and of storage daemons, and those themselves; marks of images."""
+        folders = [str(found) for found in (self.directory / "run").glob("*/*")]
+        daemons = [str(pid) for pid in processes_with(str(self.directory / "run/storage"))]
+        return [*folders, *daemons, *map(str, self.images.glob(".*"))]
+
+    def disks(self) -> list[Path]:
+        """The images that are here."""
+        return sorted(self.images.glob("[!.]*"))
 
     @property
     def is_to_die(self) -> bool:

@@ -7,11 +7,7 @@ from pathlib import Path
 
 def find_process(matches: Callable[[Sequence[bytes]], bool]) -> int:
     """The pid of the only process whose words match. Others may come and go meanwhile."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if matches((process / "cmdline").read_bytes().split(b"\0")):
-                found.append(int(process.name))
+    found = _matching(matches)
     assert len(found) == 1, f"{len(found)} processes match: {found}"
     return found[0]
 
@@ -24,3 +20,17 @@ def incoming_qemu(guest: str) -> int:
         return program.startswith(b"qemu-system") and guest.encode() in words and b"-incoming" in words
 
     return find_process(matches)
+
+
+def processes_with(part: str) -> list[int]:
+    """The pids of those with these characters in one of their words."""
+    return _matching(lambda words: any(part.encode() in word for word in words))
+
+
+def _matching(matches: Callable[[Sequence[bytes]], bool]) -> list[int]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if matches((process / "cmdline").read_bytes().split(b"\0")):
+                found.append(int(process.name))
+    return found

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ports import port
 
 PROBE = (
     "from handoff_agent.emulators import Emulators; from handoff_agent.settings import EmulatorSettings;"
@@ -14,8 +15,17 @@ PROBE = (
 )
 REBASE = "from handoff_agent.disks.qemu_img import qemu_img; work = qemu_img('rebase')"
 
+EXPORT = (
+    "from concurrent.futures import ThreadPoolExecutor; from pathlib import Path;"
+    " from handoff_agent.disks.storage_daemon import Address, StorageDaemon;"
+    " daemon = StorageDaemon(Path(sys.argv[1]).with_name('run'), ThreadPoolExecutor(1));"
+    f" work = daemon.start(sys.argv[1], [], Address('127.0.0.1', {port(109)}, {port(109)}))"
+)
 
-@pytest.mark.parametrize("work", [PROBE, REBASE], ids=["a QEMU that is asked", "qemu-img"])
+
+@pytest.mark.parametrize(
+    "work", [PROBE, REBASE, EXPORT], ids=["a QEMU that is asked", "qemu-img", "a storage daemon that is not one yet"]
+)
 def test_it_ends_with_the_agent(tmp_path: Path, work: str) -> None:
     told, child = tmp_path / "pid", tmp_path / "qemu-img"
     os.mkfifo(told)

@@ -453,7 +453,7 @@ class DestinationHandoff(Handoff):
         try:
             await self._destroy()
         except HandoffError:
-            await asyncio.sleep(WATCH_RETRY_S)
+            await asyncio.sleep(WATCH_RETRY_S)  # libvirt may be there, and something else be in the way
             await self._slot.wait_connected(60.0)
         else:
             await self.change(state=FAILED, message="it could not be prepared; nothing is left of it", never_ran=True)

@@ -450,13 +450,20 @@ class DestinationHandoff(Handoff):
 
     async def _remove_unfinished(self) -> None:
         """Removes the domain that an agent was creating when it died."""
-        try:
-            await self._destroy()
-        except HandoffError:
-            await asyncio.sleep(WATCH_RETRY_S)  # libvirt may be there, and something else be in the way
-            await self._slot.wait_connected(60.0)
-        else:
-            await self.change(state=FAILED, message="it could not be prepared; nothing is left of it", never_ran=True)
+        told = ""
+        while self.state == PREPARED:
+            try:
+                await self._destroy()
+            except HandoffError as error:
+                if error.message != told:
+                    told = error.message
+                    self.log.warning("what an earlier life had begun can't be undone yet", error=told)
+                await asyncio.sleep(WATCH_RETRY_S)  # libvirt may be there, and something else be in the way
+                await self._slot.wait_connected(60.0)
+            else:
+                await self.change(
+                    state=FAILED, message="it could not be prepared; nothing is left of it", never_ran=True
+                )
 
     def _stop_watching(self) -> None:
         if self._guard is not None:

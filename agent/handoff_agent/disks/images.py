@@ -55,9 +55,8 @@ def create(
         options = [f"cluster_size={cluster_bytes}"] if cluster_bytes and image_format == "qcow2" else []
         backing = ["-u", "-b", base_uri, "-F", "raw"] if base_uri else []
         chosen = ["-o", ",".join(options)] if options else []
-        # Not by its name: a qemu-img that outlives the agent for a moment would make a file anew that was removed.
-        itself = f"/proc/self/fd/{image}"
-        _tool("qemu-img", "create", "-q", "-f", image_format, *chosen, *backing, itself, str(size_bytes), keep=image)
+        command = ["qemu-img", "create", "-q", "-f", image_format, *chosen, *backing]
+        _fill(command, image, str(size_bytes), path)
         if owner:
             user = pwd.getpwnam(owner)
             os.fchown(image, user.pw_uid, user.pw_gid)
@@ -152,16 +151,21 @@ def _are_one(mark: str, path: str) -> bool:
         return False
 
 
-def _tool(*command: str, keep: int) -> None:
-    """`keep`: a descriptor that it has too."""
+def _fill(command: Sequence[str], image: int, size: str, path: str) -> None:
+    """Runs qemu-img on an open file. `path`: its name, for the error."""
+    # Not by its name: a qemu-img that outlives the agent for a moment would make a file anew that was removed.
+    itself = f"/proc/self/fd/{image}"
+    command = [*command, itself, size]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=False, pass_fds=(keep,)
+            command, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=False, pass_fds=(image,)
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise PreconditionError(f"{command[0]} could not be run: {error}") from None
+        raise PreconditionError(f"{path}: {command[0]} could not be run: {error}") from None
     if done.returncode != 0:
-        raise PreconditionError(f"{' '.join(command[:2])}: {done.stderr.strip()[-300:]}")
+        # The last line is the reason; before it qemu-img complains that it can't remove what has no name.
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise PreconditionError(f"{path}: {reason[0].replace(f'{itself}: ', '')}")
 
 
 def _exists(path: str) -> PreconditionError:

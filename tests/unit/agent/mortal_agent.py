@@ -44,7 +44,7 @@ from handoff_common.errors import UnavailableError
 SLOW_DISK_S = 0.3
 WORKS: Mapping[str, tuple[object, str]] = {
     "image-made": (images, "create"),
-    "image-filled": (images, "_tool"),
+    "image-filled": (images, "_fill"),
     "image-named": (images, "give_name"),
     "image-discarded": (images, "remove_marked"),
     "image-removed": (images, "remove"),

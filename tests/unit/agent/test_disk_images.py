@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,10 @@ def test_images(tmp_path: Path) -> None:
         images.create(str(tmp_path / "b"), "raw", MIB, owner="nobody-at-all")
     with pytest.raises(PreconditionError, match="No such file"):
         images.create(str(tmp_path / "no" / "b"), "raw", MIB)
+    with pytest.raises(
+        PreconditionError, match=f"^{tmp_path}/b: qemu-img: The image size is too large for file format"
+    ):
+        images.create(str(tmp_path / "b"), "qcow2", 1 << 62)
     assert [one.name for one in tmp_path.iterdir()] == ["a.qcow2"]
     found = images.look([str(path), str(tmp_path / "b"), str(tmp_path / "no" / "b")])
     assert [(facts.exists, facts.folder_exists) for facts in found.values()] == [
@@ -136,12 +140,12 @@ def test_a_file_system_without_links_is_told(marked: tuple[Path, Path], monkeypa
 
 
 def test_a_qemu_img_that_outlives_its_agent_makes_nothing_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, run = tmp_path / "a.qcow2", subprocess.run
+    path, fill = tmp_path / "a.qcow2", images._fill
 
-    def removed_before(*arguments: object, **options: object) -> object:
+    def removed_before(command: Sequence[str], image: int, size: str, name: str) -> None:
         path.unlink()
-        return run(*arguments, **options)  # type: ignore[call-overload]
+        fill(command, image, size, name)
 
-    monkeypatch.setattr(subprocess, "run", removed_before)
+    monkeypatch.setattr(images, "_fill", removed_before)
     images.create(str(path), "qcow2", MIB)
     assert not list(tmp_path.iterdir())
